@@ -1,0 +1,487 @@
+"""Draws the miniature data and trains the miniature models from scratch, into `miniature/` (what is shipped there).
+
+    python miniature.py                     # everything; resumes where it was killed
+    python miniature.py --parts vae unet    # some parts, in this order (two processes of one thread use two cores best)
+    python miniature.py --check             # measures the shipped models on held-out scenes
+
+Each part is a stock class trained on pictures and captions of world.py, saved as an ordinary Hugging Face directory in
+half precision. bf16 autocast is used where the processor or GPU has matrix units for it.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert")
+PROMPT = "a picture of "                     # BLIP's, in training and in use
+STEPS = {"reader": 1500, "vae": 1500, "unet": 9000, "blip": 5000, "clip": 3000, "dino": 2500, "sbert": 1200}
+POOL = {"all": 80_000, "train": 60_000}
+HEADS = (7, 9, 3, 6)                         # classes of shape, colour, size (0 = nothing) and ground, under each cell
+NORM = {"blip": ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]), "dino": ([.5] * 3, [.5] * 3)}
+NORM["clip"] = NORM["blip"]
+
+
+def flags(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what to train, in order")
+    p.add_argument("--out", type=Path, default=HERE / "miniature", help="where the directories go")
+    p.add_argument("--work", type=Path, default=HERE / "runs" / "miniature", help="drawn pictures and unfinished training")
+    p.add_argument("--scale", type=float, default=1.0, help="factor on every number of training steps; tests use 0.01")
+    p.add_argument("--threads", type=int, default=1, help="processor threads of this process")
+    p.add_argument("--check", action="store_true", help="measure what is in --out instead of training")
+    p.add_argument("--scenes", type=int, default=500, help="held-out scenes a domain for --check")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- the training loop, one for all parts
+def train(name, modules, loss, steps, work, lr, warm=200, decay=.4, average=.998, every=500):
+    """Minimise loss(step) over the modules' parameters; returns with their running average in place. Resumes from
+    work/name.safetensors; noise and batches are functions of (name, step), so a killed run ends where a whole one does."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+    params = {f"{i}.{k}": p for i, m in enumerate(modules) for k, p in m.named_parameters() if p.requires_grad}
+    slow = {k: p.detach().clone() for k, p in params.items()}
+    adam = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .98), weight_decay=.01)
+    path, start = work / f"{name}.safetensors", 0
+    if path.exists():
+        saved = load_file(path)
+        start = int(saved["step"])
+        for k, p in params.items():
+            p.data.copy_(saved[f"p.{k}"])
+            slow[k].copy_(saved[f"a.{k}"])
+            adam.state[p] = {"step": torch.tensor(float(start)), "exp_avg": saved[f"m.{k}"], "exp_avg_sq": saved[f"v.{k}"]}
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    mean = None
+    for step in bar:
+        rate = lr * min(1, (step + 1) / warm) * min(1, (1 - step / steps) / decay + .02)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        with precision():
+            value = loss(step)
+        adam.zero_grad()
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        if not math.isfinite(norm):
+            sys.exit(f"miniature.py: {name} broke at step {step} (gradient norm {norm})")
+        adam.step()
+        a = min(average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(slow.values()), [p.detach() for p in params.values()], 1 - a)
+        mean = value.item() if mean is None else .98 * mean + .02 * value.item()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if (step + 1) % every == 0 and step + 1 < steps or step + 1 == steps:
+            state = {"step": torch.tensor(step + 1)}
+            for k, p in params.items():
+                s = adam.state[p]
+                state |= {f"p.{k}": p.data, f"a.{k}": slow[k], f"m.{k}": s["exp_avg"], f"v.{k}": s["exp_avg_sq"]}
+            save_file(state, path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)
+            print(json.dumps({"part": name, "step": step + 1, "loss": round(mean, 5), "time": round(time.time())}), flush=True)
+    for k, p in params.items():
+        p.data.copy_(slow[k])
+    for m in modules:
+        m.eval()
+
+
+def precision():
+    """bf16 autocast where it is fast, with plain attention (the fused kernel's backward is slow on a CPU)."""
+    import contextlib
+
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    stack = contextlib.ExitStack()
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
+
+
+def chance(*key):
+    """A torch generator that is a function of its key alone (words and numbers)."""
+    import torch
+    words = [int.from_bytes(str(k).encode()[:8].ljust(8), "little") for k in key]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---------------------------------------------------------------- data
+def pool(split, work):
+    """The drawn pool of a split: pictures (N, 3, 32, 32) uint8, labels (N, 4, 8, 8) uint8, five captions each."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    import world
+    path = work / f"pool_{split}.safetensors"
+    if not path.exists():
+        scenes = [world.sample(split, i) for i in tqdm(range(POOL[split]), desc=f"scenes of {split}", mininterval=5)]
+        images = torch.from_numpy(np.stack([world.draw(s) for s in tqdm(scenes, desc="pictures", mininterval=5)]))
+        labels = torch.from_numpy(np.stack([world.grid(s) for s in scenes]).astype(np.uint8))
+        texts = [world.captions(s) for s in scenes]
+        path.with_suffix(".json").write_text(json.dumps(texts))
+        save_file({"images": images.permute(0, 3, 1, 2).contiguous(), "labels": labels}, path)
+    data = load_file(path)
+    return data["images"], data["labels"], json.loads(path.with_suffix(".json").read_text())
+
+
+def batch(images, generator, size):
+    """Random rows of a pool and their pictures, float (B, 3, 32, 32) in [0, 1]."""
+    import torch
+    rows = torch.randint(len(images), (size,), generator=generator)
+    return rows, images[rows].float() / 255
+
+
+def normalise(x, name):
+    import torch
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORM[name])
+    return (x - mean) / std
+
+
+def tokens(tokenizer, texts, length):
+    """All captions as one array (N, 5, length) of ids, padded; and the lengths (N, 5)."""
+    import torch
+    flat = tokenizer([t for five in texts for t in five], padding="max_length", max_length=length, truncation=True,
+                     return_tensors="pt")
+    return flat.input_ids.view(len(texts), 5, length), flat.attention_mask.view(len(texts), 5, length).bool()
+
+
+def pick(ids, mask, rows, generator):
+    """One of the five captions of each row: ids and mask (B, length)."""
+    import torch
+    which = torch.randint(5, (len(rows),), generator=generator)
+    return ids[rows, which], mask[rows, which]
+
+
+# ---------------------------------------------------------------- two different tokenizers
+def make_tokenizers(out, work):
+    """A WordPiece of 200 for the captioner and a byte-pair encoding of 400 for the generator, from the same captions."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizer, CLIPTokenizer
+    lines = [c for five in pool("all", work)[2][:20_000] for c in five]
+    piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    piece.normalizer, piece.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    piece.train_from_iterator([PROMPT + line for line in lines], trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False))
+    bert = BertTokenizer(vocab=piece.get_vocab(), do_lower_case=True, model_max_length=40)
+    bert.save_pretrained(out / "blip")
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=405, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) for m in trained["merges"]]
+    words = sorted(alphabet) + sorted(a + "</w>" for a in alphabet)          # the order of CLIP's own vocabulary
+    words += ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {w: i for i, w in enumerate(dict.fromkeys(words))}
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=24, pad_token="<|endoftext|>")
+    for name in ("sd/tokenizer", "clip"):
+        clip.save_pretrained(out / name)
+    text = "a tiny turquoise wedge beneath a huge violet hoop on checkered tiles"
+    print(len(bert), bert.tokenize(text), len(clip), clip.tokenize(text), flush=True)
+
+
+# ---------------------------------------------------------------- what every picture model also learns
+def dense(logits, labels):
+    """Cross-entropy of shape, colour, size and ground under each cell. logits (B, 25, 8, 8), labels (B, 4, 8, 8).
+
+    A stand-in for large-scale vision pretraining: from captions alone a small ViT does not learn to see shapes."""
+    import torch.nn.functional as F
+    return sum(F.cross_entropy(part.float(), labels[:, i].long()) for i, part in enumerate(logits.split(HEADS, 1)))
+
+
+def dense_head(width):
+    import torch
+    return torch.nn.Linear(width, sum(HEADS))
+
+
+def cells(head, patches):
+    """Logits under each cell from a ViT's patch tokens (B, 64, D) -> (B, 25, 8, 8)."""
+    return head(patches).transpose(1, 2).unflatten(2, (8, 8))
+
+
+# ---------------------------------------------------------------- the reader, independent of every other part
+def reader():
+    """A plain convnet: pictures (B, 3, 32, 32) in [0, 1] -> logits (B, 25, 8, 8)."""
+    from torch import nn
+
+    def conv(i, o, stride=1):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
+    return nn.Sequential(conv(3, 32), conv(32, 64, 2), conv(64, 96), conv(96, 128, 2), conv(128, 128), conv(128, 128),
+                         conv(128, 128), nn.Conv2d(128, sum(HEADS), 1))
+
+
+def read(model, images):
+    """Scenes read off pictures: connected cells that hold something are an object, its facts by majority of logits."""
+    import torch
+    from scipy.ndimage import label
+
+    import world
+    with torch.no_grad():
+        parts = [p.log_softmax(1).numpy() for p in model(images).split(HEADS, 1)]
+    scenes = []
+    for b in range(len(images)):
+        islands, count = label(parts[0][b].argmax(0) > 0)
+        objects = []
+        for k in range(1, count + 1):
+            rows, columns = np.nonzero(islands == k)
+            names = [list(t)[p[b][1:, rows, columns].sum(1).argmax()]
+                     for t, p in zip((world.SHAPES, world.COLOURS, world.SIZES), parts)]
+            objects.append({"shape": names[0], "colour": names[1], "size": names[2],
+                            "x": float(columns.mean() * 4 + 2), "y": float(rows.mean() * 4 + 2)})
+        scenes.append({"objects": objects, "ground": list(world.GROUNDS)[parts[3][b].sum((1, 2)).argmax()]})
+    return scenes
+
+
+def make_reader(out, work, steps):
+    from safetensors.torch import save_file
+    images, labels, _ = pool("all", work)
+    model = reader()
+
+    def loss(step):
+        g = chance("reader", step)
+        rows, x = batch(images, g, 64)
+        x = x + .06 * x.new_empty(len(x), 1, 1, 1).uniform_(0, 1, generator=g) * x.new_empty(x.shape).normal_(generator=g)
+        return dense(model(x), labels[rows])
+    train("reader", [model], loss, steps, work, 2e-3)
+    (out / "reader").mkdir(parents=True, exist_ok=True)
+    save_file(model.half().state_dict(), out / "reader" / "model.safetensors")
+
+
+# ---------------------------------------------------------------- the generator: VAE, then UNet with text encoder
+def make_vae(out, work, steps):
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL
+    images = pool("all", work)[0]
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=8, norm_num_groups=16,
+                        sample_size=32, mid_block_add_attention=False)
+
+    def loss(step):
+        g = chance("vae", step)
+        x = batch(images, g, 48)[1] * 2 - 1
+        q = vae.encode(x).latent_dist
+        y = vae.decode(q.mean + q.std * q.mean.new_empty(q.mean.shape).normal_(generator=g)).sample.float()
+        d = y - x
+        edges = (d[..., 1:, :] - d[..., :-1, :]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
+        return F.l1_loss(y, x) + d.square().mean() + .5 * edges + 5e-4 * q.kl().float().mean() / q.mean[0].numel()
+    train("vae", [vae], loss, steps, work, 2e-3)
+    import torch
+    with torch.no_grad():
+        z = vae.encode(images[:2000].float() / 127.5 - 1).latent_dist
+    vae.register_to_config(scaling_factor=round(1 / z.sample().std().item(), 4))
+    print(json.dumps({"scaling_factor": vae.config.scaling_factor, "std": z.std.mean().item()}), flush=True)
+    vae.half().save_pretrained(out / "sd" / "vae")
+
+
+def make_unet(out, work, steps):
+    import torch
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    images, _, texts = pool("all", work)
+    vae = AutoencoderKL.from_pretrained(out / "sd" / "vae", torch_dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "sd" / "tokenizer")
+    if not (work / "latents.safetensors").exists():
+        with torch.no_grad():
+            made = [vae.encode(x.float() / 127.5 - 1).latent_dist.parameters.half() for x in images.split(500)]
+        save_file({"latents": torch.cat(made)}, work / "latents.safetensors")
+    latents = load_file(work / "latents.safetensors")["latents"]                       # (N, 16, 8, 8) mean, log variance
+    ids, mask = tokens(tokenizer, texts, 24)
+    empty = tokenizer("", padding="max_length", max_length=24, return_tensors="pt").input_ids[0]
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(96, 128), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128, attention_head_dim=4)
+    scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")
+
+    def loss(step):
+        g = chance("unet", step)
+        rows = torch.randint(len(latents), (64,), generator=g)
+        mean, var = latents[rows].float().chunk(2, 1)
+        z = (mean + (.5 * var).exp() * torch.randn(mean.shape, generator=g)) * vae.config.scaling_factor
+        words = pick(ids, mask, rows, g)[0]
+        words[torch.rand(64, generator=g) < .1] = empty
+        eps, t = torch.randn(z.shape, generator=g), torch.randint(1000, (64,), generator=g)
+        states = text_encoder(words).last_hidden_state
+        v = unet(scheduler.add_noise(z, eps, t), t, states).sample.float()
+        return F.mse_loss(v, scheduler.get_velocity(z, eps, t))
+    train("unet", [unet, text_encoder], loss, steps, work, 1.2e-3, average=.999)
+    StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), scheduler, None, None,
+                            requires_safety_checker=False).save_pretrained(out / "sd")
+
+
+# ---------------------------------------------------------------- the captioner
+def make_blip(out, work, steps):
+    import torch
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+    images, _, texts = pool("train", work)
+    others, labels, _ = pool("all", work)
+    seen = pool("train", work)[1]
+    tokenizer = BertTokenizer.from_pretrained(out / "blip")
+    words = len(tokenizer)
+    ids, mask = tokens(tokenizer, [[PROMPT + t for t in five] for five in texts], 24)
+    ids[..., 0] = words                                                     # [DEC], as BLIP's own vocabulary is extended
+    prompt = len(tokenizer(PROMPT).input_ids) - 1
+    config = BlipConfig(
+        vision_config={"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+                       "image_size": 32, "patch_size": 4, "initializer_range": .02},
+        text_config={"vocab_size": words + 2, "hidden_size": 128, "encoder_hidden_size": 128, "intermediate_size": 384,
+                     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40,
+                     "bos_token_id": words, "eos_token_id": 3, "sep_token_id": tokenizer.sep_token_id,
+                     "pad_token_id": tokenizer.pad_token_id, "label_smoothing": 0.0}, projection_dim=128,
+        image_text_hidden_size=128)
+    model, head = BlipForConditionalGeneration(config), dense_head(128)
+
+    def loss(step):
+        g = chance("blip", step)
+        rows, x = batch(images, g, 48)
+        more, y = batch(others, g, 24)
+        vision = model.vision_model(normalise(torch.cat([x, y]), "blip")).last_hidden_state       # (72, 65, 128)
+        i, m = pick(ids, mask, rows, g)
+        targets = i.masked_fill(~m, -100)
+        targets[:, :prompt] = -100
+        said = model.text_decoder(input_ids=i, attention_mask=m.long(), encoder_hidden_states=vision[:48], labels=targets)
+        return said.loss.mean() + .3 * dense(cells(head, vision[:, 1:]), torch.cat([seen[rows], labels[more]]))
+    train("blip", [model, head], loss, steps, work, 1e-3)
+    model.half().save_pretrained(out / "blip")
+    preprocessor(out / "blip", "blip", "BlipImageProcessor", {"height": 32, "width": 32}, "BlipProcessor")
+
+
+def preprocessor(folder, name, kind, size, wrapper=None):
+    """preprocessor_config.json as the hub's checkpoints of this class have it."""
+    mean, std = NORM[name]
+    row = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": mean,
+           "image_std": std, "image_processor_type": kind, "resample": 3, "rescale_factor": 1 / 255, "size": size}
+    if wrapper:
+        row["processor_class"] = wrapper
+    if kind == "CLIPImageProcessor":
+        row |= {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(row, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- the judges
+def make_clip(out, work, steps):
+    import torch
+    import torch.nn.functional as F
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    images, labels, texts = pool("all", work)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
+    ids, mask = tokens(tokenizer, texts, 24)
+    shape = {"hidden_size": 96, "intermediate_size": 288, "num_attention_heads": 4}
+    model = CLIPModel(CLIPConfig(
+        text_config={**shape, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 24,
+                     "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                     "pad_token_id": tokenizer.pad_token_id},
+        vision_config={**shape, "num_hidden_layers": 4, "image_size": 32, "patch_size": 4}, projection_dim=64))
+    head = dense_head(96)
+
+    def loss(step):
+        g = chance("clip", step)
+        rows, x = batch(images, g, 96)
+        vision = model.vision_model(normalise(x, "clip"))
+        i, m = pick(ids, mask, rows, g)
+        a = F.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
+        b = F.normalize(model.text_projection(model.text_model(i, attention_mask=m.long()).pooler_output).float(), dim=-1)
+        logits, same = model.logit_scale.exp().clamp(max=100) * a @ b.T, torch.arange(len(a))
+        return .5 * (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) + .5 * dense(
+            cells(head, vision.last_hidden_state[:, 1:]), labels[rows])
+    train("clip", [model, head], loss, steps, work, 1e-3)
+    model.half().save_pretrained(out / "clip")
+    preprocessor(out / "clip", "clip", "CLIPImageProcessor", {"shortest_edge": 32})
+
+
+def make_dino(out, work, steps):
+    """A ViT that never saw a word: two drawings of one scene, its objects moved and its shades changed, should be encoded
+    alike and unlike nothing in particular (VICReg, Bardes et al. 2022, in place of DINO: no negatives)."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import ViTConfig, ViTModel
+
+    import world
+    images, labels, _ = pool("all", work)
+    path = work / "views.safetensors"
+    from safetensors.torch import load_file, save_file
+    if not path.exists():
+        views = []
+        for i in range(20_000):
+            scene, rng = world.sample("all", i), np.random.default_rng([13, i])
+            scene["seed"] = [*scene["seed"], 13]
+            for o in scene["objects"]:
+                o["x"], o["y"] = o["x"] + rng.uniform(-1.5, 1.5), o["y"] + rng.uniform(-1.5, 1.5)
+            views.append(world.draw(scene))
+        save_file({"views": torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()}, path)
+    views = load_file(path)["views"]
+    model = ViTModel(ViTConfig(hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4, image_size=32,
+                               patch_size=4), add_pooling_layer=False)
+    head, expand = dense_head(96), torch.nn.Sequential(torch.nn.Linear(96, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))
+
+    def loss(step):
+        g = chance("dino", step)
+        rows = torch.randint(len(views), (64,), generator=g)
+        x = torch.cat([images[rows], views[rows]]).float() / 255
+        h = model(normalise(x, "dino")).last_hidden_state                                # (128, 65, 96)
+        a, b = expand(h[:, 0]).float().chunk(2)                                          # (64, 256) twice
+        spread = sum(F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() for z in (a, b))
+        mixed = sum((z - z.mean(0)).T.mm(z - z.mean(0)).div(63).fill_diagonal_(0).square().sum() / 256 for z in (a, b))
+        alike = F.mse_loss(a, b) + .5 * spread + .04 * mixed
+        return alike + .5 * dense(cells(head, h[:64, 1:]), labels[rows])
+    train("dino", [model, head, expand], loss, steps, work, 1e-3)
+    model.half().save_pretrained(out / "dino")
+    preprocessor(out / "dino", "dino", "ViTImageProcessor", {"height": 32, "width": 32})
+
+
+def make_sbert(out, work, steps):
+    """A sentence encoder: two captions of one scene should be encoded alike (masked mean, InfoNCE), as SBERT is trained."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import BertConfig, BertModel, BertTokenizer
+    _, _, texts = pool("all", work)
+    tokenizer = BertTokenizer.from_pretrained(out / "blip")
+    ids, mask = tokens(tokenizer, texts, 24)
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=2,
+                                 num_attention_heads=4, max_position_embeddings=40), add_pooling_layer=False)
+
+    def encode(i, m):
+        h = model(i, attention_mask=m.long()).last_hidden_state.float()
+        return F.normalize((h * m[..., None]).sum(1) / m.sum(1, keepdim=True), dim=-1)
+
+    def loss(step):
+        g = chance("sbert", step)
+        rows = torch.randint(len(ids), (96,), generator=g)
+        a, b = encode(*pick(ids, mask, rows, g)), encode(*pick(ids, mask, rows, g))
+        return F.cross_entropy(20 * a @ b.T, torch.arange(len(a)))
+    train("sbert", [model], loss, steps, work, 1e-3)
+    model.half().save_pretrained(out / "sbert")
+    tokenizer.save_pretrained(out / "sbert")
+
+
+def main(args):
+    import torch
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        torch.manual_seed(0)                                    # the initial weights of a part do not depend on the others
+        if part == "data":
+            for split in POOL:
+                pool(split, args.work)
+        elif part == "tokenizers":
+            make_tokenizers(args.out, args.work)
+        else:
+            globals()[f"make_{part}"](args.out, args.work, max(2, int(STEPS[part] * args.scale)))
+
+
+if __name__ == "__main__":
+    main(flags())
