@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert")
+PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert", "splits")
 PROMPT = "a picture of "                     # BLIP's, in training and in use
 STEPS = {"reader": 1500, "vae": 1500, "unet": 9000, "blip": 5000, "clip": 3000, "dino": 2500, "sbert": 1200}
 POOL = {"all": 80_000, "train": 60_000}
+SHIPPED = {"val": 150, "test": 200, "near": 200, "out": 200}
 HEADS = (7, 9, 3, 6)                         # classes of shape, colour, size (0 = nothing) and ground, under each cell
 NORM = {"blip": ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]), "dino": ([.5] * 3, [.5] * 3)}
 NORM["clip"] = NORM["blip"]
@@ -35,7 +36,9 @@ def flags(argv=None):
     p.add_argument("--scale", type=float, default=1.0, help="factor on every number of training steps; tests use 0.01")
     p.add_argument("--threads", type=int, default=1, help="processor threads of this process")
     p.add_argument("--check", action="store_true", help="measure what is in --out instead of training")
-    p.add_argument("--scenes", type=int, default=500, help="held-out scenes a domain for --check")
+    p.add_argument("--scenes", type=int, default=300, help="held-out scenes a domain for --check")
+    p.add_argument("--steps", type=int, default=50, help="denoising steps for --check")
+    p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance for --check")
     return p.parse_args(argv)
 
 
@@ -468,10 +471,122 @@ def make_sbert(out, work, steps):
     tokenizer.save_pretrained(out / "sbert")
 
 
+# ---------------------------------------------------------------- what is shipped as pictures
+def make_splits(out, work, steps):
+    """Small splits as files: val and test in Karpathy's schema, in (the test pictures), near and out in that of NoCaps."""
+    from PIL import Image
+
+    import world
+    root, images = out / "data", {split: [] for split in SHIPPED}
+    for split, count in SHIPPED.items():
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            scene = world.sample(split, i)
+            name = f"{split}/{i:04d}.png"
+            Image.fromarray(world.draw(scene)).save(root / name, optimize=True)
+            images[split].append((name, world.captions(scene)))
+    karpathy, number = [], 0
+    for split in ("val", "test"):
+        for name, five in images[split]:
+            sentences = [{"raw": c, "tokens": c.split(), "sentid": 5 * number + j} for j, c in enumerate(five)]
+            karpathy.append({"filepath": split, "filename": Path(name).name, "imgid": number, "cocoid": number, "split": split,
+                             "sentences": sentences})
+            number += 1
+    (root / "dataset_coco.json").write_text(json.dumps({"dataset": "miniature", "images": karpathy}))
+    domains = {"test": "in-domain", "near": "near-domain", "out": "out-domain"}
+    rows = [(name, five, domain) for split, domain in domains.items() for name, five in images[split]]
+    (root / "nocaps_val_4500_captions.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": name, "domain": domain} for i, (name, _, domain) in enumerate(rows)],
+        "annotations": [{"image_id": i, "id": 5 * i + j, "caption": c} for i, (_, five, _) in enumerate(rows)
+                        for j, c in enumerate(five)]}))
+
+
+# ---------------------------------------------------------------- is it good enough to mean something?
+BARS = (("captioner facts, in", ">=", .90), ("captioner facts, in - out", ">=", .05), ("generator pairs, in", ">=", .85),
+        ("generator pairs, near", ">=", .85), ("generator pairs, out", ">=", .85), ("vae pairs", ">=", .97),
+        ("captions distinct of 10", ">=", 3.0))
+
+
+def pairs(scene):
+    return sorted((o["colour"], o["shape"]) for o in scene["objects"])
+
+
+def check(args):
+    """Measures the models in args.out on scenes nothing was trained on; prints each figure with its 95 % interval beside
+    the bar it has to clear. Returns the figures by name; the shares are over scenes."""
+    import torch
+    from safetensors.torch import load_file
+    from tqdm import tqdm
+
+    import cycle
+    import world
+    eye = reader().eval()
+    eye.load_state_dict({k: v.float() for k, v in load_file(args.out / "reader" / "model.safetensors").items()})
+    captioner, generator = cycle.Captioner.load(args.out / "blip", "cpu"), cycle.Generator.load(args.out / "sd", "cpu")
+    found = {}
+    for split, domain in tqdm([("test", "in"), ("near", "near"), ("out", "out")], desc="domains"):
+        scenes = [world.sample(split, 10_000 + i) for i in range(args.scenes)]     # the shipped pictures are others
+        images = torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
+        said = [c[0] for c in captioner.speak(images, 1, "beam")[0]]
+        facts = np.array([world.verify(c, s) for c, s in zip(said, scenes)])                             # (N, 2)
+        found[f"captioner facts, {domain}"] = facts[:, 0] / np.maximum(1, facts[:, 1])
+        ten = captioner.speak(images[:100], 10)[0]
+        found[f"captions distinct of 10, {domain}"] = np.array([len(set(row)) for row in ten])
+        with torch.no_grad():
+            redrawn = torch.cat([generator.decode(generator.encode(x)[0]) for x in images.split(100)]).clamp(0, 1)
+        for name, seen in (("real", images), ("vae", redrawn)):
+            found[f"{name} pairs, {domain}"] = np.array([pairs(a) == pairs(b) for a, b in zip(read(eye, seen), scenes)])
+        prompts = [full(s) for s in scenes]
+        drawn = generator.draw(prompts, seed=1, steps=args.steps, guidance=args.guidance, batch=50)
+        read_back = [pairs(s) for s in read(eye, drawn)]
+        found[f"generator pairs, {domain}"] = np.array([a == pairs(b) for a, b in zip(read_back, scenes)])
+        sheet(list(images[:12]) + list(redrawn[:12]) + list(drawn[:60]), args.work / f"check_{domain}.png", 12)
+        for caption, row, scene in list(zip(prompts, read_back, scenes))[:3]:
+            print(f"  {caption!r}: read back as {row}", flush=True)
+    for name in ("captions distinct of 10", "real pairs", "vae pairs"):
+        found[name] = np.concatenate([found[f"{name}, {d}"] for d in ("in", "near", "out")])
+    rng, figures = np.random.default_rng(0), {}
+    for name, v in found.items():
+        means = v[rng.integers(len(v), size=(1000, len(v)))].mean(1)
+        figures[name] = (float(v.mean()), *(float(q) for q in np.quantile(means, (.025, .975))), len(v))
+    a, b = figures["captioner facts, in"], figures["captioner facts, out"]
+    wide = math.hypot(a[2] - a[1], b[2] - b[1]) / 2
+    figures["captioner facts, in - out"] = (a[0] - b[0], a[0] - b[0] - wide, a[0] - b[0] + wide, a[3])
+    bars, failed = {name: (sign, bar) for name, sign, bar in BARS}, 0
+    for name, (mean, low, high, n) in figures.items():
+        bar = bars.get(name)
+        failed += bool(bar) and mean < bar[1]
+        print(f"{name:30s} {mean:6.3f} [{low:.3f}, {high:.3f}] n={n}" + (f"   bar {bar[0]} {bar[1]}" + (
+            "  MISSED" if mean < bar[1] else "") if bar else ""))
+    return figures, failed
+
+
+def full(scene):
+    """A caption of the scene that states colour and shape of every object."""
+    import world
+    for caption in world.captions(scene, 200):
+        stated = world.facts(caption)["objects"]
+        if len(stated) == len(scene["objects"]) and all(o["colour"] for o in stated):
+            return caption
+    raise ValueError("no caption of this scene states every colour")
+
+
+def sheet(images, path, columns):
+    """Pictures in a grid, magnified, for a person to look at before believing a number."""
+    import torch
+    from PIL import Image
+    x = torch.nn.functional.pad(torch.stack(images), (1, 1, 1, 1), value=1.0)
+    x = torch.cat([torch.cat(list(row), 2) for row in x.split(columns) if len(row) == columns], 1)
+    pixels = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).resize((pixels.shape[1] * 3, pixels.shape[0] * 3), 0).save(path)
+
+
 def main(args):
     import torch
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.check:
+        return 1 if check(args)[1] else 0
     for part in args.parts:
         torch.manual_seed(0)                                    # the initial weights of a part do not depend on the others
         if part == "data":
@@ -480,8 +595,8 @@ def main(args):
         elif part == "tokenizers":
             make_tokenizers(args.out, args.work)
         else:
-            globals()[f"make_{part}"](args.out, args.work, max(2, int(STEPS[part] * args.scale)))
+            globals()[f"make_{part}"](args.out, args.work, max(2, int(STEPS.get(part, 0) * args.scale)))
 
 
 if __name__ == "__main__":
-    main(flags())
+    sys.exit(main(flags()))

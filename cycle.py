@@ -1,0 +1,414 @@
+"""Two speakers, a captioner and a generator, and their two conversations with frozen weights (paper, Section 3).
+
+    captioner, generator = Captioner.load("miniature"), Generator.load("miniature")      # or "vitb" and "sd14"
+    talk = image_text_image(captioner, generator, images, n=10, likeness={"clip": likeness})
+    talk.captions[0][talk.order["clip"][0, 0]]                # the caption whose picture is most like the first image
+
+An image is float (B, 3, H, W) in [0, 1], a caption is a str; pixels of other ranges, tokens and latents stay inside.
+Chance is a function of (seed, item): the ten captions of a picture, and the noise its candidates are all drawn from,
+do not depend on what else is in the batch. Copy this file alone: it needs torch, transformers and diffusers.
+
+Letters: B images, n candidates, L tokens, P states of the captioner's vision, D their width, V vocabulary.
+"""
+import contextlib
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+CAPTIONERS = {"miniature": HERE / "miniature/blip", "vitb": "Salesforce/blip-image-captioning-base",
+              "vitl": "Salesforce/blip-image-captioning-large", "blip2": "Salesforce/blip2-opt-2.7b"}
+GENERATORS = {"miniature": HERE / "miniature/sd", "sd14": "CompVis/stable-diffusion-v1-4"}
+WAYS = ("top-p", "top-k", "temperature", "typical", "beam")
+
+
+# ---------------------------------------------------------------- the two conversations
+@dataclass
+class Talk:
+    """What came of a conversation over B items with n candidates each; order[name][b] are candidates, best first.
+
+    image -> text -> image: captions[b] are candidates, images (B, n, 3, H, W) their echoes.
+    text -> image -> text: images (B, n, 3, H, W) are candidates, captions[b] their echoes.
+    """
+    captions: list
+    images: torch.Tensor
+    likelihood: torch.Tensor                     # (B, n) log p(caption | the image it was read from), in nats
+    scores: dict = field(default_factory=dict)   # likeness name -> (B, n) float64, higher = more alike
+
+    @property
+    def order(self):
+        return {k: s.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True) for k, s in self.scores.items()}
+
+
+def image_text_image(captioner, generator, images, n=10, likeness=None, seed=0, items=None, speak=None, draw=None):
+    """Image -> n captions -> a picture of each -> how alike picture and image are (paper, Section 3.1, Fig. 2 left).
+
+    images: list of B (3, H, W) or one (B, 3, H, W); likeness: {name: f(pictures (n, 3, h, w), image (1, 3, H, W)) -> (n,)};
+    items: B names or numbers that chance hangs on (default 0, 1, ...); speak, draw: further arguments of the speakers.
+    All candidates of an item are drawn from the same noise; equal captions are drawn once.
+    """
+    items = list(range(len(images))) if items is None else items
+    captions, likelihood = captioner.speak(images, n, seed=seed, items=items, **speak or {})
+    wanted = list(dict.fromkeys((item, c) for item, row in zip(items, captions) for c in row))
+    drawn = generator.draw([c for _, c in wanted], items=[item for item, _ in wanted], seed=seed, **draw or {})
+    place = {key: i for i, key in enumerate(wanted)}
+    echoes = drawn[[place[item, c] for item, row in zip(items, captions) for c in row]].unflatten(0, (len(images), n))
+    scores = {name: torch.stack([torch.as_tensor(f(echo, image[None])).double() for echo, image in zip(echoes, images)])
+              for name, f in (likeness or {}).items()}
+    return Talk(captions, echoes, likelihood, scores)
+
+
+def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0, items=None, speak=None, draw=None):
+    """Text -> n pictures -> the caption of each, by beam search -> how alike caption and text are (Fig. 2 right).
+
+    likeness: {name: f(echoes: n strings, texts: n strings) -> (n,)}; candidate j of an item has noise (seed, item, j).
+    """
+    items = list(range(len(captions))) if items is None else items
+    drawn = generator.draw([c for c in captions for _ in range(n)], seed=seed,
+                           items=[(item, j) for item in items for j in range(n)], **draw or {})
+    echoes, likelihood = captioner.speak(drawn, 1, **{"way": "beam"} | (speak or {}))
+    rows = [[e[0] for e in echoes[i * n:i * n + n]] for i in range(len(captions))]
+    scores = {name: torch.stack([torch.as_tensor(f(row, [text] * n)).double() for row, text in zip(rows, captions)])
+              for name, f in (likeness or {}).items()}
+    return Talk(rows, drawn.unflatten(0, (len(captions), n)), likelihood.view(-1, n), scores)
+
+
+def chance(*key):
+    """A CPU generator that is a function of its key alone: (seed, item, ...), of numbers, strings and tuples."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ---------------------------------------------------------------- loading
+def resolve(name, table, kind):
+    """(path or hub id, keyword arguments of from_pretrained) of a name; a hub id only where it can be nothing else."""
+    place = Path(table.get(name, name))
+    if place.exists():
+        return str(place), {"local_files_only": True, "use_safetensors": True}
+    if name == "miniature" or str(place).count("/") != 1 or place.is_absolute() or str(place)[0] == ".":
+        raise ValueError(f"{kind} {str(name)!r} is not among {', '.join(table)}, nor a directory, nor a hub id (owner/name)")
+    return place.as_posix(), {"use_safetensors": True}
+
+
+def settle(device=None, dtype=None):
+    """Device and dtype: cuda, mps or cpu, whichever is there; bfloat16 (float16 on older GPUs and mps), float32 on a CPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else
+                                     "mps" if torch.backends.mps.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if dtype is None:
+        half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+        dtype = torch.float32 if device.type == "cpu" else half
+    return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def brought(name, *args):
+    """What `file.py:function` returns: the way in for a model outside these libraries. Runs that file, as named."""
+    file, function = str(name).rsplit(":", 1)
+    if not Path(file).is_file():
+        raise ValueError(f"{name}: there is no file {file}; expected file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{name}: {file} defines no {function}")
+    return getattr(module, function)(*args)
+
+
+@contextlib.contextmanager
+def loading(name, kind):
+    """Turns the libraries' many ways to fail into one line that names the model and the remedy."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError, ImportError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{kind} {str(name)!r} could not be loaded ({reason}); give a directory with safetensors weights, "
+                         "or a hub id while the hub can be reached") from e
+
+
+# ---------------------------------------------------------------- the captioner
+@dataclass
+class Reading:
+    """Teacher forcing: hidden[b, i] predicts targets[b, i] through `head`; targets are -100 on prompt and padding."""
+    hidden: torch.Tensor                         # (B, L, D), before the vocabulary head
+    targets: torch.Tensor                        # (B, L) int64
+    weight: torch.Tensor                         # (V, D), the head's
+    bias: torch.Tensor | None                    # (V,)
+
+
+class Captioner:
+    """A BLIP or BLIP-2 (decoder-only) checkpoint that describes images. Weights frozen, in eval mode."""
+
+    @classmethod
+    def load(cls, name="miniature", device=None, dtype=None):
+        """A name of CAPTIONERS, a directory, a hub id, or file.py:function. Raises ValueError with the remedy."""
+        device, dtype = settle(device, dtype)
+        if ".py:" in str(name):
+            return brought(name, device, dtype)
+        place, options = resolve(name, CAPTIONERS, "captioner")
+        with loading(name, "captioner"):
+            from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, BlipForConditionalGeneration
+            from transformers.utils import cached_file
+            kinds = {"blip": (BlipForConditionalGeneration, cls), "blip-2": (Blip2ForConditionalGeneration, Captioner2)}
+            kind = AutoConfig.from_pretrained(place).model_type
+            if kind not in kinds:
+                raise ValueError(f"captioner {str(name)!r} is a {kind} model; BLIP and BLIP-2 are known, others come as file.py:name")
+            model, wrapper = kinds[kind]
+            model = model.from_pretrained(place, dtype=dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            processor = json.loads(Path(cached_file(place, "preprocessor_config.json")).read_text())
+        return wrapper(model.to(device), tokenizer, processor)
+
+    def __init__(self, model, tokenizer, processor):
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.device, self.dtype = model.device, model.dtype
+        size = processor["size"]
+        self.size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
+        self.mean, self.std = (torch.tensor(processor[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+        self.begin()
+
+    def begin(self):
+        """The ids of begin, prompt, end and padding. BLIP's tokenizer lacks [DEC], which begins its captions."""
+        text = self.model.config.text_config
+        self.prompt = [text.bos_token_id, *self.tokenizer("a picture of ", add_special_tokens=False).input_ids]
+        self.end, self.pad = text.sep_token_id, text.pad_token_id
+        self.decoder, self.limit = self.model.text_decoder, text.max_position_embeddings
+        self.head = self.decoder.get_output_embeddings()
+
+    # pixels and tokens in
+    def pixels(self, images):
+        """Images as the model sees them: (B, 3, S, S), resized and normalised as the library's processor does, but
+        differentiable: values are clamped to [0, 1], gradients pass (a clamp would stop them where a picture saturates)."""
+        views = [F.interpolate(x[None].to(self.device, torch.float32), self.size, mode="bicubic", antialias=True)
+                 if x.shape[-2:] != self.size else x[None].to(self.device, torch.float32) for x in images]
+        x = torch.cat(views)
+        x = x + (x.clamp(0, 1) - x).detach()
+        return ((x - self.mean.to(x)) / self.std.to(x)).to(self.dtype)
+
+    def look(self, images):
+        """Vision, once per image: (B, P, D), what the decoder attends to."""
+        return self.model.vision_model(self.pixels(images)).last_hidden_state
+
+    def decode(self, states, ids, cache=None):
+        """Decoder over ids (B, L), after those in cache: hidden (B, L, D) before the head, and the longer cache."""
+        out = self.decoder.bert(ids, encoder_hidden_states=states, past_key_values=cache, use_cache=cache is not None,
+                                is_decoder=True)
+        return self.decoder.cls.predictions.transform(out.last_hidden_state), out.past_key_values
+
+    def read(self, images, captions, states=None):
+        """One teacher-forced pass for the caption losses (Eq. 1, 4): B images (or their states) and B captions -> Reading.
+        Captions are cut at the decoder's length. Differentiable with respect to images and weights."""
+        states = self.look(images) if states is None else states
+        room = self.limit - len(self.prompt) - 1
+        rows = [self.prompt + self.tokenizer(c, add_special_tokens=False).input_ids[:room] + [self.end] for c in captions]
+        length = max(map(len, rows))
+        ids = torch.tensor([r + [self.pad] * (length - len(r)) for r in rows], device=self.device)
+        targets = torch.tensor([[-100] * len(self.prompt) + r[len(self.prompt):] + [-100] * (length - len(r)) for r in rows],
+                               device=self.device)
+        hidden, _ = self.decode(states, ids[:, :-1])          # padding is on the right: a causal decoder never sees it
+        return Reading(hidden, targets[:, 1:], self.head.weight, self.head.bias)
+
+    @torch.no_grad()
+    def likelihood(self, images, captions, states=None):
+        """log p(caption | image) in nats, its end included: (B,) float64 on the CPU."""
+        r = self.read(images, captions, states)
+        logp = F.linear(r.hidden, r.weight, r.bias).float().log_softmax(-1)                               # (B, L, V)
+        said = logp.gather(2, r.targets.clamp(min=0)[..., None])[..., 0]
+        return said.masked_fill(r.targets < 0, 0).sum(1).double().cpu()
+
+    # captions out
+    @torch.no_grad()
+    def speak(self, images, n=10, way="top-p", seed=0, items=None, length=(5, 20)):
+        """n captions of each image: (list of B lists of n str, log-likelihoods (B, n)).
+
+        way: top-p .9 (the paper's), top-k 50, temperature .7, typical .9, beam (3, or n if more); sampling has the
+        repetition penalty 1.1; length: fewest and most tokens, the prompt's included, as BLIP counts them.
+        """
+        if way not in WAYS:
+            raise ValueError(f"unknown way of speaking {way!r}: choose one of {', '.join(WAYS)}")
+        items = range(len(images)) if items is None else items
+        states = self.look(images)
+        ids = self.beam(states, n, length) if way == "beam" else self.sample(states, n, way, seed, items, length)
+        texts = [" ".join(self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True).split())
+                 for row in self.said(ids)]
+        likelihood = self.likelihood(None, texts, states.repeat_interleave(n, 0)).view(-1, n)
+        return [texts[i:i + n] for i in range(0, len(texts), n)], likelihood
+
+    def said(self, ids):
+        """Each row of ids up to its end."""
+        for row in ids.tolist():
+            yield row[:row.index(self.end)] if self.end in row else row
+
+    def sample(self, states, n, way, seed, items, length):
+        """n samples for each of B states -> ids after the prompt (B n, L). The prompt is read, and keys and values of vision
+        are computed, once per image; then the cache is repeated n times."""
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.generation import logits_process as warp
+        warpers = [warp.RepetitionPenaltyLogitsProcessor(1.1), {
+            "top-p": lambda: warp.TopPLogitsWarper(.9), "top-k": lambda: warp.TopKLogitsWarper(50),
+            "temperature": lambda: warp.TemperatureLogitsWarper(.7), "typical": lambda: warp.TypicalLogitsWarper(.9)}[way]()]
+        ids = torch.tensor([self.prompt] * len(states), device=self.device)
+        hidden, cache = self.decode(states, ids, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        cache.batch_repeat_interleave(n)
+        hidden, ids, states = (x.repeat_interleave(n, 0) for x in (hidden, ids, states))
+        dice = torch.stack([torch.rand(n, length[1], generator=chance("speak", seed, i)) for i in items]).flatten(0, 1)
+        live = torch.ones(len(ids), dtype=torch.bool, device=self.device)
+        for step in range(length[1] - len(self.prompt)):
+            logits = self.head(hidden[:, -1]).float()                                                     # (B n, V)
+            logits[:, len(self.tokenizer):] = -torch.inf                       # [DEC] and [ENC] are never said
+            if ids.shape[1] < length[0]:
+                logits[:, self.end] = -torch.inf
+            for w in warpers:
+                logits = w(ids, logits)
+            total = logits.softmax(-1).double().cumsum(-1).cpu()
+            token = torch.searchsorted(total, dice[:, step, None].double() * total[:, -1:], right=True)[:, 0]
+            token = torch.where(live, token.to(self.device), self.pad)
+            ids, live = torch.cat([ids, token[:, None]], 1), live & (token != self.end)
+            if not live.any():
+                break
+            hidden, cache = self.decode(states, token[:, None], cache)
+        return ids[:, len(self.prompt):]
+
+    def beam(self, states, n, length):
+        """Beam search by the library: the n best of max(3, n) beams -> ids after the prompt (B n, L)."""
+        ids = torch.tensor([self.prompt] * len(states), device=self.device)
+        out = self.decoder.generate(ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=states,
+                                    **self.searching(n, length))
+        return out[:, len(self.prompt):]
+
+    def searching(self, n, length):
+        return {"num_beams": max(3, n), "num_return_sequences": n, "do_sample": False, "eos_token_id": self.end,
+                "pad_token_id": self.pad, "min_new_tokens": max(0, length[0] - len(self.prompt)),
+                "max_new_tokens": length[1] - len(self.prompt)}
+
+
+class Captioner2(Captioner):
+    """BLIP-2 with a decoder-only language model: the query tokens' embeddings stand before the prompt."""
+
+    def begin(self):
+        if self.model.config.text_config.is_encoder_decoder:
+            raise ValueError("a BLIP-2 with an encoder-decoder language model is not supported; use one with OPT (blip2-opt-2.7b)")
+        # Differs: the paper's prompt is BLIP's; BLIP-2 was trained with this one (Li et al. 2023)
+        self.prompt = [self.tokenizer.bos_token_id, *self.tokenizer("a photo of", add_special_tokens=False).input_ids]
+        text = self.model.config.text_config
+        self.end, self.pad = text.eos_token_id, text.pad_token_id
+        self.decoder = self.model.language_model
+        self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
+        self.head = self.decoder.get_output_embeddings()
+
+    def look(self, images):
+        return self.model.get_image_features(self.pixels(images)).pooler_output
+
+    def decode(self, states, ids, cache=None):
+        words = self.decoder.get_input_embeddings()(ids)
+        fresh = cache is None or cache.get_seq_length() == 0
+        out = self.decoder.model(inputs_embeds=torch.cat([states.to(words), words], 1) if fresh else words,
+                                 past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state[:, -ids.shape[1]:], out.past_key_values
+
+    def beam(self, states, n, length):
+        words = self.decoder.get_input_embeddings()(torch.tensor([self.prompt] * len(states), device=self.device))
+        words = torch.cat([states.to(words), words], 1)
+        return self.decoder.generate(inputs_embeds=words, attention_mask=words.new_ones(words.shape[:2], dtype=torch.long),
+                                     **self.searching(n, length))
+
+
+# ---------------------------------------------------------------- the generator
+class Generator:
+    """A Stable-Diffusion-1.x/2.x checkpoint that draws captions; any other text-to-image pipeline can draw, and only that."""
+
+    @classmethod
+    def load(cls, name="miniature", device=None, dtype=None):
+        """A name of GENERATORS, a pipeline directory, hub id or .safetensors file, or file.py:function."""
+        device, dtype = settle(device, dtype)
+        if ".py:" in str(name):
+            return brought(name, device, dtype)
+        place, options = resolve(name, GENERATORS, "generator")
+        with loading(name, "generator"):
+            from diffusers import DiffusionPipeline, StableDiffusionPipeline
+            from diffusers.utils import logging
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
+            if place.endswith(".safetensors"):
+                pipe = StableDiffusionPipeline.from_single_file(place, dtype=dtype, local_files_only=True)
+            else:
+                if Path(place).is_dir() and json.loads(
+                        Path(place, "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline":
+                    options |= {"safety_checker": None, "requires_safety_checker": False}
+                pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, low_cpu_mem_usage=False, **options)
+        return cls(pipe.to(device))
+
+    def __init__(self, pipe):
+        pipe.set_progress_bar_config(disable=True)
+        if hasattr(pipe, "safety_checker"):
+            pipe.safety_checker = None                       # it blackens pictures; a blackened candidate cannot be compared
+        self.pipe, self.device = pipe, pipe.device
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
+        for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            setattr(self, name, getattr(pipe, name, None))
+        self.dtype = getattr(pipe, "dtype", torch.float32)
+
+    @torch.no_grad()
+    def draw(self, captions, items=None, seed=0, steps=50, guidance=7.5, batch=16, progress=None):
+        """One picture per caption: (B, 3, H, W) float32 in [0, 1], on the CPU, by the checkpoint's own scheduler.
+
+        The noise is a function of (seed, item): captions of equal items start from equal noise. progress(done) is called
+        after each batch. Both guidance halves of a batch go through the UNet in one call.
+        """
+        items = list(range(len(captions))) if items is None else items
+        done = []
+        for i in range(0, len(captions), batch):
+            noise = [chance("draw", seed, item) for item in items[i:i + batch]]
+            done.append(self.pipe(captions[i:i + batch], generator=noise, num_inference_steps=steps, guidance_scale=guidance,
+                                  output_type="pt").images.float().cpu())
+            if progress:
+                progress(sum(map(len, done)))
+        return torch.cat(done)
+
+    def too_long(self, captions):
+        """How many captions have more tokens than the text encoder reads; what stands beyond is not drawn."""
+        most = self.tokenizer.model_max_length
+        return sum(len(ids) > most for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+
+    # the parts, for training and for scoring without drawing (Stable Diffusion only)
+    @property
+    def side(self):
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, images):
+        """Images -> mean and standard deviation of their latents, each (B, C, h, w), scaled as the UNet expects.
+        An image is resized so that its shorter side fits and cut in the middle, as the generator was trained."""
+        views = []
+        for x in images:
+            scale = self.side / min(x.shape[-2:])
+            if scale != 1:
+                size = [max(self.side, round(s * scale)) for s in x.shape[-2:]]
+                x = F.interpolate(x[None].float(), size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+            top, left = ((s - self.side) // 2 for s in x.shape[-2:])
+            views.append(x[:, top:top + self.side, left:left + self.side])
+        q = self.vae.encode((torch.stack(views) * 2 - 1).to(self.device, self.dtype)).latent_dist
+        return q.mean * self.vae.config.scaling_factor, q.std * self.vae.config.scaling_factor
+
+    def decode(self, latents):
+        """Latents (B, C, h, w) -> images (B, 3, H, W); about [0, 1], not clamped, so that gradients pass."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample / 2 + .5
+
+    def states(self, captions):
+        """Captions -> text states (B, 77, D); begin, end and padding as the generator was trained."""
+        ids = self.tokenizer(list(captions), padding="max_length", max_length=self.tokenizer.model_max_length,
+                             truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device)).last_hidden_state
+
+    def predict(self, noised, timesteps, states):
+        """The UNet's output (B, C, h, w) for x_t, t (B,) and text states: noise or velocity, as scheduler.config says."""
+        return self.unet(noised, timesteps, states).sample
