@@ -203,6 +203,11 @@ class Captioner:
                                 is_decoder=True)
         return self.decoder.cls.predictions.transform(out.last_hidden_state), out.past_key_values
 
+    def memory(self):
+        """An empty cache of the decoder's keys and values, of its own words and of vision."""
+        from transformers import DynamicCache, EncoderDecoderCache
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
     def read(self, images, captions, states=None):
         """One teacher-forced pass for the caption losses (Eq. 1, 4): B images (or their states) and B captions -> Reading.
         Captions are cut at the decoder's length. Differentiable with respect to images and weights."""
@@ -250,13 +255,12 @@ class Captioner:
     def sample(self, states, n, way, seed, items, length):
         """n samples for each of B states -> ids after the prompt (B n, L). The prompt is read, and keys and values of vision
         are computed, once per image; then the cache is repeated n times."""
-        from transformers import DynamicCache, EncoderDecoderCache
         from transformers.generation import logits_process as warp
         warpers = [warp.RepetitionPenaltyLogitsProcessor(1.1), {
             "top-p": lambda: warp.TopPLogitsWarper(.9), "top-k": lambda: warp.TopKLogitsWarper(50),
             "temperature": lambda: warp.TemperatureLogitsWarper(.7), "typical": lambda: warp.TypicalLogitsWarper(.9)}[way]()]
         ids = torch.tensor([self.prompt] * len(states), device=self.device)
-        hidden, cache = self.decode(states, ids, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        hidden, cache = self.decode(states, ids, self.memory())
         cache.batch_repeat_interleave(n)
         hidden, ids, states = (x.repeat_interleave(n, 0) for x in (hidden, ids, states))
         dice = torch.stack([torch.rand(n, length[1], generator=chance("speak", seed, i)) for i in items]).flatten(0, 1)
@@ -306,6 +310,10 @@ class Captioner2(Captioner):
 
     def look(self, images):
         return self.model.get_image_features(self.pixels(images)).pooler_output
+
+    def memory(self):
+        from transformers import DynamicCache
+        return DynamicCache()
 
     def decode(self, states, ids, cache=None):
         words = self.decoder.get_input_embeddings()(ids)

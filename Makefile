@@ -1,0 +1,24 @@
+# make demo, make test: each sets up .venv and then does its job. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+export HF_HUB_OFFLINE = 1
+
+demo: .venv/ready
+	@echo "parley: ten captions for each of four pictures, drawn and ranked (about a minute on two cores)"
+	@.venv/bin/python rerank.py --n 10 --out out/demo
+
+test: .venv/ready
+	@echo "parley: lint and tests (about five minutes on two cores)"
+	@.venv/bin/ruff check .
+	@.venv/bin/python -m pytest -q tests
+
+check: .venv/ready
+	@echo "parley: is the shipped miniature good enough to mean something (about ten minutes on two cores)"
+	@.venv/bin/python miniature.py --check --threads 2
+
+.venv/ready: requirements.txt requirements-dev.txt
+	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+.PHONY: demo test check

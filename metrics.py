@@ -1,0 +1,299 @@
+"""How alike two captions or two images are, and what choosing by it is worth.
+
+    cider(candidates, references)                            # the field's CIDEr (CIDEr-D), per item; papers print x 100
+    likeness = likenesses(["clip", "pixel"], "image", "miniature").pairs
+    likeness["clip"](pictures, image)                        # (n,) cosine of the encoder's embeddings, higher = more alike
+    choices(quality, ranking)                                # mean, chosen, oracle, score by rank, with 95 % intervals
+
+Captions are str, images float (B, 3, H, W) in [0, 1]. Copy this file alone: it needs numpy; torch and transformers for the
+encoders, scipy for the word mover's distance. Pooling and distances are those of the paper's experiments.
+"""
+import functools
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
+       "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
+NAMES = {"image": ("clip", "dino", "pixel"), "text": ("clip", "sbert", "cider", "wmd")}
+
+
+# ---------------------------------------------------------------- words
+# After the Penn Treebank tokenizer of CoreNLP, by which COCO captions are scored: clitics are split off, hyphens, slashes
+# and inner dots are kept, sentence punctuation is dropped. About 0.05 % of captions come out otherwise than by the jar.
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+DROPPED = {"''", "'", "`", "``", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me", "lemme": "lem me",
+         "'tis": "'t is", "'twas": "'t was"}
+TOKEN = re.compile(r"""
+    https?://\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | [@\#][a-z]\w*                       # addresses, @names, #tags
+  | (?:[a-z]\.){2,} | (?:mr|mrs|ms|dr|st|vs|etc|no|jr|sr|prof|ave|ft|inc|co)\.(?=\s|$|\w)  # u.s.  p.m.  mr.
+  | \d+(?:[.,:/-]\d+)*(?:[a-z]\w*)?(?:-\w+)*  | \.\d+                                 # 5.00  10:30  3/4  1st  12-inch
+  | (?:can)(?=not\b) | o'clock\b| n't\b | '(?:s|m|d|re|ve|ll)\b | '(?:em|bout|n|tis|twas)\b'?
+  | [do]'[a-z]+(?!') | y'(?=all)
+  | [^\W_]+?(?=n't\b) | \w+(?:[-/.&]\w+)*                                              # x-ray  a/b  at&t
+  | \.\.\. | [$%&@#<>=+*\\] | [()\[\]{}]
+""", re.X)
+
+
+def tokenize(caption):
+    """A caption as the field's scorers see it: lower-case tokens without sentence punctuation."""
+    text = " ".join(caption.lower().translate(str.maketrans("’‘“”–—", "''\"\"--")).split())
+    tokens = []
+    for match in TOKEN.findall(text):
+        tokens += SPLIT.get(match, match).split()
+    return [BRACKETS.get(t, t) for t in tokens if t and t not in DROPPED]
+
+
+# ---------------------------------------------------------------- captions against captions
+def grams(tokens, longest=4):
+    """Counts of the n-grams of each length: [Counter of unigrams, ..., Counter of 4-grams]."""
+    return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, longest + 1)]
+
+
+def document_frequency(references):
+    """(df, n): in how many of n images' references each n-gram occurs. references: n lists of captions."""
+    df = Counter()
+    for captions in references:
+        df.update({g for c in captions for row in grams(tokenize(c)) for g in row})
+    return df, len(references)
+
+
+def cider(candidates, references, df=None):
+    """CIDEr-D without stemming, which the field reports as CIDEr (Vedantam et al. 2015), of each item: (N,) float64.
+
+    candidates: N captions; references: N lists of captions. df: what document_frequency gives, of a reference set; without
+    it that of `references` itself, as corpus scores have it (a corpus of one image then scores 0). Papers print 100 x mean.
+    """
+    df, n = df or document_frequency(references)
+    log_n = math.log(max(n, 1))
+
+    @functools.cache
+    def vector(caption):
+        tokens = tokenize(caption)
+        rows = [{g: c * (log_n - math.log(max(1, df[g]))) for g, c in row.items()} for row in grams(tokens)]
+        return rows, [math.sqrt(sum(v * v for v in row.values())) for row in rows], max(0, len(tokens) - 1)
+
+    def pair(candidate, reference):
+        (a, norm_a, len_a), (b, norm_b, len_b) = vector(candidate), vector(reference)
+        closeness = math.exp(-(len_a - len_b) ** 2 / 72)                        # Gaussian length penalty, sigma 6
+        return sum(closeness * sum(min(v, y[g]) * y[g] for g, v in x.items() if g in y) / (p * q)
+                   for x, y, p, q in zip(a, b, norm_a, norm_b) if p and q) / 4 * 10
+
+    return np.array([sum(pair(c, r) for r in rows) / max(1, len(rows)) for c, rows in zip(candidates, references)])
+
+
+STOP = frozenset("a an the of on in at to and or is are was were be been being with by for from as it its this that these those "
+                 "there here he she they his her their them i we you my your our up down out into over under some".split())
+
+
+def word_vectors(path, words):
+    """The vectors of `words` in a GloVe text file, as {word: unit vector}. Raises ValueError where the file is none."""
+    found = {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                word, _, rest = line.partition(" ")
+                if word in words:
+                    v = np.array(rest.split(), np.float64)
+                    found[word] = v / np.linalg.norm(v)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is not a GloVe text file ({e}); --glove takes one such as glove.6B.200d.txt") from e
+    return found
+
+
+def wmd(a, b, vectors):
+    """Word mover's distance (Kusner et al. 2015) of two token lists, exact: the assignment of tokens repeated to the least
+    common multiple. Words without a vector are dropped; nan where nothing is left. vectors: {word: unit vector}."""
+    from scipy.optimize import linear_sum_assignment
+    a, b = ([t for t in tokens if t in vectors] for tokens in (a, b))
+    if not a or not b:
+        return math.nan
+    cost = np.linalg.norm(np.stack([vectors[t] for t in a])[:, None] - np.stack([vectors[t] for t in b])[None], axis=2)
+    both = math.lcm(len(a), len(b))
+    cost = cost.repeat(both // len(a), 0).repeat(both // len(b), 1)
+    return float(cost[linear_sum_assignment(cost)].mean())
+
+
+# ---------------------------------------------------------------- likeness by name
+@dataclass
+class Likenesses:
+    """pairs[name](candidates, inputs) -> (n,) float64, higher = more alike; absent[name]: why not, and the remedy.
+    clipscore(pictures, captions) -> (n,) is the baseline without a cycle, where there is a CLIP."""
+    pairs: dict = field(default_factory=dict)
+    absent: dict = field(default_factory=dict)
+    clipscore: object = None
+
+
+def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=None):
+    """The likenesses called `names` of images or of text. What can't be had here is in `absent`, the rest works.
+
+    kind: "image" (clip, dino, pixel) or "text" (clip, sbert, cider, wmd). judges: "hub" (the paper's encoders), "miniature",
+    or a folder that holds clip/, dino/, sbert/. references: lists of captions; their document frequency weighs cider.
+    Raises ValueError for an unknown name.
+    """
+    out = Likenesses()
+    root = HERE / "miniature" if judges == "miniature" else Path(judges)
+    for name in names:
+        if name not in NAMES[kind]:
+            raise ValueError(f"no likeness {name!r} of {kind}s: choose among {', '.join(NAMES[kind])}")
+
+        def encoder(name=name, towers=(kind,)):
+            return Encoder(name, HUB[name] if judges == "hub" else str(root / name), towers, device)
+        try:
+            if name == "pixel":
+                out.pairs[name] = pixel
+            elif name == "cider":
+                if len(references) < 2:
+                    out.absent[name] = "it needs the document frequency of a set of references; give --data"
+                    continue
+                df = document_frequency(references)
+                out.pairs[name] = lambda a, b, df=df: cider(a, [[x] for x in b], df)
+            elif name == "wmd":
+                if not glove:
+                    out.absent[name] = "it needs word vectors; give --glove glove.6B.200d.txt"
+                    continue
+                out.pairs[name] = functools.partial(movers, glove)
+            else:
+                made = encoder(towers=("image", "text") if name == "clip" else (kind,))
+                out.pairs[name] = functools.partial(made.alike, kind)
+                out.clipscore = made.score if name == "clip" else out.clipscore
+        except (OSError, KeyError, ImportError, RuntimeError) as e:
+            where = HUB[name] if judges == "hub" else root / name
+            out.absent[name] = f"{where} could not be loaded ({' '.join(str(e).split())[:160]}); give --judges a folder with it"
+    return out
+
+
+def pixel(a, b):
+    """Minus the root mean square difference of pixels, b resized to a's size: (n,), 0 = equal."""
+    import torch.nn.functional as F
+    if b.shape[-2:] != a.shape[-2:]:
+        b = F.interpolate(b, a.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    return -(a - b).double().square().mean((1, 2, 3)).sqrt().cpu().numpy()
+
+
+def movers(glove, a, b):
+    """Minus the word mover's distance of captions, stop words removed: (n,)."""
+    rows = [[[t for t in tokenize(c) if t not in STOP] for c in side] for side in (a, b)]
+    vectors = word_vectors(glove, {t for side in rows for tokens in side for t in tokens})
+    return np.array([-wmd(x, y, vectors) for x, y in zip(*rows)])
+
+
+class Encoder:
+    """CLIP, DINO or SBERT of transformers, pooled as the paper's experiments have it; embeddings are unit vectors."""
+
+    def __init__(self, name, place, towers, device="cpu"):
+        """name: clip, dino or sbert; place: directory or hub id; towers: what will be encoded, "image", "text" or both."""
+        import transformers
+        from transformers.utils import cached_file, logging
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        local = {"local_files_only": True} if Path(place).is_dir() else {}
+        if not local and (place.count("/") != 1 or place[0] in "./"):
+            raise OSError("no such directory")
+        kind = {"clip": transformers.CLIPModel, "dino": transformers.ViTModel, "sbert": transformers.BertModel}[name]
+        extra = {} if name == "clip" else {"add_pooling_layer": False}
+        model = kind.from_pretrained(place, use_safetensors=True, **local, **extra)
+        self.name, self.model = name, model.float().eval().requires_grad_(False).to(device or "cpu")
+        if "text" in towers:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
+        if "image" in towers:
+            self.view = json.loads(Path(cached_file(place, "preprocessor_config.json", **local)).read_text())
+
+    def pixels(self, images):
+        """Images resized, cut and normalised as the processor does: (B, 3, S, S). DINO's S is 384, the paper's, or smaller
+        where the checkpoint was trained on less."""
+        import torch
+        import torch.nn.functional as F
+        size = self.view["size"]
+        size = size if isinstance(size, dict) else {"height": size, "width": size}
+        x, (h, w) = images, images.shape[-2:]
+        if self.name == "dino":
+            side = 384 if size.get("height", 224) >= 224 else size["height"]
+            goal = (side, side)
+        elif "shortest_edge" in size:
+            scale = size["shortest_edge"] / min(h, w)
+            goal = tuple(int(s * scale) if s > min(h, w) else size["shortest_edge"] for s in (h, w))
+        else:
+            goal = (size["height"], size["width"])
+        if goal != (h, w):
+            x = F.interpolate(x.float(), goal, mode="bicubic", antialias=True).clamp(0, 1)
+        crop = self.view.get("crop_size") if self.name == "clip" else None
+        if crop:
+            side = crop["height"] if isinstance(crop, dict) else crop
+            top, left = ((s - side) // 2 for s in goal)
+            x = x[..., top:top + side, left:left + side]
+        mean, std = (torch.tensor(self.view[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+        return ((x - mean.to(x)) / std.to(x)).to(self.model.device)
+
+    def images(self, images):
+        """Images (B, 3, H, W) -> unit vectors (B, D): CLIP's pooled vision state before the projection, DINO's CLS."""
+        import torch
+        import torch.nn.functional as F
+        with torch.no_grad():
+            if self.name == "clip":
+                e = self.model.vision_model(self.pixels(images)).pooler_output
+            else:
+                e = self.model(self.pixels(images), interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        return F.normalize(e.double(), dim=-1).cpu()
+
+    def texts(self, texts):
+        """Captions -> unit vectors (B, D): CLIP's pooled text state before the projection, SBERT's masked mean."""
+        import torch
+        import torch.nn.functional as F
+        i = self.tokens(texts)
+        with torch.no_grad():
+            if self.name == "clip":
+                e = self.model.text_model(**i).pooler_output
+            else:
+                h, m = self.model(**i).last_hidden_state, i["attention_mask"][..., None]
+                e = (h * m).sum(1) / m.sum(1)
+        return F.normalize(e.double(), dim=-1).cpu()
+
+    def tokens(self, texts):
+        most = self.model.config.text_config.max_position_embeddings if self.name == "clip" else 256
+        most = min(most, self.tokenizer.model_max_length)
+        out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        return {k: v.to(self.model.device) for k, v in out.items() if k in ("input_ids", "attention_mask")}
+
+    def alike(self, kind, a, b):
+        """Cosine of n candidates with n inputs, or with one: (n,)."""
+        encode = self.images if kind == "image" else self.texts
+        return (encode(a) * encode(b)).sum(-1).numpy()
+
+    def score(self, images, captions):
+        """The cosine of image and caption after CLIP's projections (CLIPScore without its factor; Hessel et al. 2021)."""
+        import torch
+        import torch.nn.functional as F
+        with torch.no_grad():
+            a = self.model.visual_projection(self.model.vision_model(self.pixels(images)).pooler_output)
+            b = self.model.text_projection(self.model.text_model(**self.tokens(captions)).pooler_output)
+        return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).cpu().numpy()
+
+
+# ---------------------------------------------------------------- what choosing is worth
+def interval(values, draws=2000, seed=0):
+    """95 % bootstrap interval of the mean of (N,) values: (low, high)."""
+    values = np.asarray(values, np.float64)
+    rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    return tuple(float(q) for q in np.quantile(values[rows].mean(1), (.025, .975)))
+
+
+def choices(quality, ranking):
+    """What ranking N candidates by a score is worth (Tables 1, 2; Figures 3, 4).
+
+    quality, ranking: (items, N), higher = better; equal rankings keep the candidates' order. Returns mean (of a random
+    candidate), chosen, oracle, gain (chosen - mean) with its 95 % interval over items, and by_rank (N,).
+    """
+    quality, ranking = np.asarray(quality, np.float64), np.asarray(ranking, np.float64)
+    order = np.argsort(-ranking, 1, kind="stable")
+    ranked = np.take_along_axis(quality, order, 1)
+    gain = ranked[:, 0] - quality.mean(1)
+    return {"mean": quality.mean(), "chosen": ranked[:, 0].mean(), "oracle": quality.max(1).mean(), "gain": gain.mean(),
+            "interval": interval(gain), "by_rank": ranked.mean(0).tolist(), "items": len(quality)}

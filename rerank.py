@@ -1,0 +1,352 @@
+"""Best of N: captions for images, images for captions, chosen by what the other model makes of them (paper, Section 3).
+
+    python rerank.py --n 10                                      # a few pictures of the miniature world: seconds
+    python rerank.py photo.jpg holiday/ --captioner vitb         # best of ten captions for files and folders
+    python rerank.py "a small red star on the grass"             # best of ten images for a sentence
+    python rerank.py sentences.txt                               # one a line, or a JSON list
+    python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen and oracle too
+
+Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood, every likeness, ranks),
+best.json, sheet.png and index.html. Run again, it goes on where it stopped; another --by ranks again without redoing.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+IMAGE, TEXT = "image-text-image", "text-image-text"
+DEFAULTS = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"]}
+
+
+def flags(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("inputs", nargs="*", help="pictures, folders of pictures, sentences, or a .txt / .json file of sentences")
+    p.add_argument("-n", "--n", type=int, default=10, help="candidates for each input (the paper's N)")
+    p.add_argument("--captioner", default="miniature", help="miniature, vitb, vitl, blip2, a directory, hub id or file.py:name")
+    p.add_argument("--generator", help="miniature, sd14, a pipeline directory, hub id or file.py:name; follows --captioner")
+    p.add_argument("--data", help="the set that inputs and references come from where no inputs are given; default miniature")
+    p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
+    p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
+    p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
+    p.add_argument("--way", default="top-p", help="how captions are sampled: top-p, top-k, temperature, typical, beam")
+    p.add_argument("--steps", type=int, default=50, help="denoising steps a picture")
+    p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
+    p.add_argument("--likeness", nargs="*", help="what to compare by; images: clip dino pixel inception; text: clip sbert cider wmd")
+    p.add_argument("--by", help="the likeness that ranks; default the first of --likeness that is available")
+    p.add_argument("--judges", help="folder of the encoders clip, dino, sbert, or hub; default the miniature's with its captioner")
+    p.add_argument("--glove", help="GloVe text file for wmd")
+    p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
+    p.add_argument("--batch", type=int, default=40, help="pictures drawn at once: memory and speed, not the result")
+    p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
+    p.add_argument("--dtype", help="float32, float16 or bfloat16; default by device")
+    p.add_argument("--out", type=Path, default=Path("out/rerank"), help="folder for what comes out")
+    args = p.parse_args(argv)
+    small = args.captioner == "miniature"
+    args.generator = args.generator or ("miniature" if small else "sd14")
+    args.judges = args.judges or ("miniature" if small else "hub")
+    args.data = args.data or ("miniature" if small else None)
+    if args.n < 1 or args.steps < 1 or args.batch < 1:
+        p.error("--n, --steps and --batch are at least 1")
+    return args
+
+
+# ---------------------------------------------------------------- what goes in
+def gather(args, data):
+    """(direction, items) from the arguments. A mixture of pictures and sentences is refused."""
+    if not args.inputs:
+        if not args.data:
+            raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a folder that holds a set")
+        items = data.read(args.data, args.split)[:args.limit or (4 if args.data == "miniature" else None)]
+        direction = TEXT if args.turn == "text" else IMAGE
+        if direction == TEXT and not all(x.captions for x in items):
+            raise ValueError(f"--turn text: {args.data} has pictures without captions")
+        return direction, items
+    pictures, sentences = [], []
+    for given in args.inputs:
+        path = Path(given)
+        if path.is_dir():
+            pictures += [data.Item(x.path.as_posix(), x.path, x.captions) for x in data.read(path)]
+        elif path.suffix.lower() in data.SUFFIXES:
+            if not path.exists():
+                raise ValueError(f"{given}: no such picture")
+            pictures.append(data.Item(path.as_posix(), path))
+        elif path.suffix.lower() in (".txt", ".json"):
+            if not path.exists():
+                raise ValueError(f"{given}: no such file of sentences")
+            text = path.read_text()
+            lines = text.splitlines() if path.suffix.lower() == ".txt" else data.load(path)
+            if not isinstance(lines, list) or not all(isinstance(x, str) for x in lines):
+                raise ValueError(f"{given}: expected a JSON list of strings, or a .txt with a sentence a line")
+            sentences += [data.fold(x) for x in lines if x.strip()]
+        else:
+            sentences.append(data.fold(given))
+    if pictures and sentences:
+        raise ValueError(f"pictures and sentences in one run (such as {pictures[0].name!r} and {sentences[0]!r}): "
+                         "give one kind; a picture's name ends in " + " ".join(sorted(data.SUFFIXES)))
+    if not pictures and not all(sentences):
+        raise ValueError("an empty sentence can't be drawn")
+    chosen = {x.name: x for x in pictures} or {x: data.Item(x, None, [x]) for x in sentences}
+    return (IMAGE if pictures else TEXT), list(chosen.values())[:args.limit]
+
+
+# ---------------------------------------------------------------- what is kept
+def resume(args, direction):
+    """Finished items of an earlier run in --out: {item: rows}. Other settings on the same folder are refused."""
+    keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype")
+    settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
+    path, rows = args.out / "settings.json", args.out / "candidates.jsonl"
+    if path.exists():
+        before = json.loads(path.read_text())
+        other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+        if other:
+            raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(other)}): choose another --out or remove it")
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    done = {}
+    for line in rows.read_text().splitlines() if rows.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue                                            # the line a kill cut off
+        done.setdefault(row["item"], {})[row["candidate"]] = row
+    return {k: [v[j] for j in range(args.n)] for k, v in done.items() if len(v) == args.n}
+
+
+def append(path, rows):
+    """All candidates of an item by one write: several processes may add to one file, a kill cuts at most the last line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with open(path, "ab", buffering=0) as f:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            f.write(b"\n")
+        f.write(text.encode())
+
+
+def finish(path, rows):
+    path.with_suffix(".new").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    os.replace(path.with_suffix(".new"), path)
+
+
+# ---------------------------------------------------------------- what a person looks at
+def frame(picture, side):
+    """A picture file in a square of `side` pixels; small ones magnified without smoothing."""
+    from PIL import Image
+    with Image.open(picture) as image:
+        image = image.convert("RGB")
+        scale = side / max(image.size)
+        size = [max(1, round(s * scale)) for s in image.size]
+        image = image.resize(size, Image.NEAREST if scale >= 2 else Image.LANCZOS)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def sheet(groups, by, path, side=136, most=6):
+    """The contact sheet: a row an item, its input at the left, then the candidates in order, the winner framed.
+
+    groups: [(item, input picture or None, input text, rows in order of rank)].
+    """
+    import textwrap
+
+    from PIL import Image, ImageDraw, ImageFont
+    font, bold = ImageFont.load_default(11), ImageFont.load_default(13)
+    gap, text, columns = 12, 78, 1 + max(len(rows) for *_, rows in groups)
+    page = Image.new("RGB", (columns * (side + gap) + 2 * gap, len(groups[:most]) * (side + text + gap) + gap), "white")
+    pen = ImageDraw.Draw(page)
+
+    def write(x, y, words, font, fill, width=23, lines=4):
+        for i, line in enumerate(textwrap.wrap(words, width)[:lines]):
+            pen.text((x, y + 13 * i), line, fill, font)
+
+    for r, (_, picture, words, rows) in enumerate(groups[:most]):
+        y = gap + r * (side + text + gap)
+        if picture:
+            page.paste(frame(picture, side), (gap, y))
+            write(gap, y + side + 6, "the input", bold, "black")
+        else:
+            pen.rectangle((gap, y, gap + side, y + side), "#f2f0ea")
+            write(gap + 8, y + 10, words, bold, "black", 17, 9)
+        for c, row in enumerate(rows):
+            x = 2 * gap + (c + 1) * (side + gap)
+            page.paste(frame(path.parent / row["picture"], side), (x, y))
+            if c == 0:
+                pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), outline="#d9a300", width=4)
+            write(x, y + side + 6, f"{c + 1}.  {by} {row['scores'][by]:.3f}", bold, "#a07800" if c == 0 else "#666")
+            write(x, y + side + 22, row["caption"], font, "black")
+    page.save(path)
+
+
+def page(groups, by, direction, note, path):
+    """index.html: self-contained (pictures inside, no script), captions escaped, candidates in order of rank."""
+    import base64
+    import html
+    import io
+
+    def image(picture):
+        buffer, small = io.BytesIO(), frame(picture, 192)
+        small.save(buffer, "PNG", optimize=True)
+        return f'<img alt="" width="192" height="192" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+    out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+           f"<title>parley: {direction}</title><style>body{{font:15px/1.4 system-ui,sans-serif;margin:2em;background:#faf9f6;color:#222}}"
+           "section{margin:2em 0;padding-top:1em;border-top:1px solid #ddd}.row{display:flex;flex-wrap:wrap;gap:16px}"
+           "figure{margin:0;width:192px;padding:8px;background:#fff;border-radius:8px}figure.best{outline:4px solid #d9a300}"
+           "img{image-rendering:pixelated;display:block}small{color:#777;display:block}</style>"
+           f"<h1>parley: {direction}</h1><p>{html.escape(note)}</p>"]
+    for item, picture, words, rows in groups:
+        head = image(picture) if picture else f"<p><b>{html.escape(words)}</b></p>"
+        out.append(f"<section><h2>{html.escape(item)}</h2><div class=row><figure>{head}<small>the input</small></figure>")
+        for c, row in enumerate(rows):
+            scores = "<br>".join(f"{html.escape(k)} {v:.3f}" for k, v in row["scores"].items() if v is not None)
+            out.append(f"<figure{' class=best' if c == 0 else ''}>{image(path.parent / row['picture'])}"
+                       f"<b>{c + 1}.</b> {html.escape(row['caption'])}<small>{scores}</small></figure>")
+        out.append("</div></section>")
+    path.write_text("\n".join(out) + "\n<p><small>ranked by " + html.escape(by) + "</small></html>\n")
+
+
+# ---------------------------------------------------------------- what came of it
+def rows_of(item, b, talk, args, direction, scores):
+    """The lines of candidates.jsonl of one item; pictures are saved before the lines that name them."""
+    import hashlib
+
+    import data
+    stem = f"{Path(item.name).stem[:40] if direction == IMAGE else 'sentence'}-{hashlib.sha1(item.name.encode()).hexdigest()[:8]}"
+    rows = []
+    for j in range(args.n):
+        picture = f"pictures/{stem}-{j}.png"
+        data.save_image(talk.images[b, j], args.out / picture)
+        rows.append({"item": item.name, "direction": direction, "candidate": j, "input": str(item.path or item.captions[0]),
+                     "caption": talk.captions[b][j], "picture": picture, "seed": args.seed,
+                     "likelihood": round(float(talk.likelihood[b, j]), 4),
+                     "scores": {k: None if v != v else round(float(v), 6) for k, v in ((k, s[b][j]) for k, s in scores.items())}})
+    return rows
+
+
+def ranked(rows):
+    """Rows with their rank (0 = best) under each likeness, kept stable for equal scores; a missing score comes last."""
+    for name in rows[0]["scores"]:
+        order = sorted(range(len(rows)), key=lambda j: -(rows[j]["scores"][name] if rows[j]["scores"][name] is not None else -9e9))
+        for place, j in enumerate(order):
+            rows[j].setdefault("rank", {})[name] = place
+    return rows
+
+
+def worth(groups, items, names, metrics):
+    """With references: CIDEr x 100 of a random candidate, of the one each score chooses, of the best; and the intervals."""
+    references = {x.name: x.captions for x in items if len(x.captions) > 1}
+    groups = {k: v for k, v in groups.items() if k in references}
+    if len(groups) < 2:
+        return []
+    df = metrics.document_frequency(list(references.values()))
+    quality = [100 * metrics.cider([r["caption"] for r in rows], [references[k]] * len(rows), df) for k, rows in groups.items()]
+    lines = []
+    for name in names:
+        c = metrics.choices(quality, [[-9e9 if r["scores"][name] is None else r["scores"][name] for r in rows]
+                                      for rows in groups.values()])
+        low, high = c["interval"]
+        lines.append(f"CIDEr of {c['items']} items by {name:11s} mean {c['mean']:6.1f}   chosen {c['chosen']:6.1f}   "
+                     f"oracle {c['oracle']:6.1f}   gain {c['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
+    return lines
+
+
+# ---------------------------------------------------------------- the road
+def main(args):
+    import torch
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    import cycle
+    import data
+    import metrics
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    direction, items = gather(args, data)
+    device = cycle.settle(args.device)[0]
+
+    # judges: what is not to be had here costs one line, never the run
+    judges = metrics.likenesses(args.likeness or DEFAULTS[direction], "image" if direction == IMAGE else "text", args.judges,
+                                device, [x.captions for x in data.read(args.data, args.split)] if args.data else [], args.glove)
+    for name, reason in judges.absent.items():
+        if rank == 0:
+            print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
+    if not judges.pairs:
+        raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs nothing")
+    done = resume(args, direction)
+    path = args.out / "candidates.jsonl"
+
+    # the conversations, some items at a time; what is finished is on disk
+    mine = [x for x in items[rank::world] if x.name not in done]
+    captioner = generator = None
+    skipped, chunk = [], max(1, args.batch // args.n)
+    bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
+    for start in range(0, len(mine), chunk):
+        ready = []
+        for item in mine[start:start + chunk]:
+            try:
+                ready.append((item, data.open_image(item.path) if direction == IMAGE else item.captions[0]))
+            except ValueError as e:
+                skipped.append(str(e))
+        if ready:
+            captioner = captioner or cycle.Captioner.load(args.captioner, args.device, args.dtype)
+            generator = generator or cycle.Generator.load(args.generator, args.device, args.dtype)
+            talk = (cycle.image_text_image if direction == IMAGE else cycle.text_image_text)(
+                captioner, generator, [v for _, v in ready], args.n, judges.pairs, args.seed, [x.name for x, _ in ready],
+                {"way": args.way} if direction == IMAGE else None,
+                {"steps": args.steps, "guidance": args.guidance, "batch": args.batch})
+            scores = dict(talk.scores)
+            if judges.clipscore:                                # the baseline without a cycle: candidate against input
+                scores["clipscore"] = torch.stack([torch.as_tensor(
+                    judges.clipscore(v[None], row) if direction == IMAGE else judges.clipscore(pictures, [v]))
+                    for (_, v), row, pictures in zip(ready, talk.captions, talk.images)])
+            scores["likelihood"] = talk.likelihood
+            for b, (item, _) in enumerate(ready):
+                append(path, rows_of(item, b, talk, args, direction, scores))
+        bar.update(len(mine[start:start + chunk]))
+    bar.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    for reason in skipped:
+        print(f"rerank.py: skipped {reason}", file=sys.stderr)
+    if rank > 0:
+        return 0
+
+    # all of it once more, ranked and in the order of the inputs
+    done = resume(args, direction)
+    groups = {x.name: ranked(done[x.name]) for x in items if x.name in done}
+    if not groups:
+        raise ValueError(f"none of the {len(items)} pictures could be read")
+    names = list(next(iter(groups.values()))[0]["scores"])
+    by = args.by or next(k for k in names if k in judges.pairs)
+    if by not in names:
+        raise ValueError(f"--by {by}: this run has {', '.join(names)}")
+    finish(path, [r for k in done for r in (groups.get(k) or ranked(done[k]))])
+    ordered = {k: sorted(rows, key=lambda r: r["rank"][by]) for k, rows in groups.items()}
+    best = {k: {"caption": v[0]["caption"], "picture": v[0]["picture"], "by": by, "score": v[0]["scores"][by]}
+            for k, v in ordered.items()}
+    (args.out / "best.json").write_text(json.dumps(best, indent=2, ensure_ascii=False) + "\n")
+    shown = [(x.name, x.path if direction == IMAGE else None, x.captions[0] if x.captions else "", ordered[x.name])
+             for x in items if x.name in ordered]
+    note = f"{args.captioner} and {args.generator}, N = {args.n}, {args.steps} steps, seed {args.seed}, ranked by {by}"
+    sheet(shown, by, args.out / "sheet.png")
+    page(shown, by, direction, note, args.out / "index.html")
+    for item, _, words, rows in shown[:20]:
+        print(f"\n{item if direction == IMAGE else words}")
+        for r in rows:
+            print(f"  {r['rank'][by] + 1:2d}  {by} {r['scores'][by]:7.3f}  log p {r['likelihood']:7.2f}  {r['caption']}")
+    print()
+    for line in worth(groups, items, names, metrics) if direction == IMAGE else ():
+        print(line)
+    print(f"{len(groups)} of {len(items)} inputs done, {len(skipped)} skipped; look at {args.out / 'index.html'} "
+          f"and {args.out / 'sheet.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(flags()))
+    except (ValueError, OSError) as e:
+        sys.exit(print(f"rerank.py: {' '.join(str(e).split())}", file=sys.stderr) or 2)

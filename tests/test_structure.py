@@ -1,0 +1,84 @@
+"""The house rules: rooms import no sibling and are free to import, scripts are imported by nobody, flags survive torchrun."""
+import ast
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text() and "flags(" in p.read_text())
+ROOMS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in SCRIPTS)
+HEAVY = {"transformers", "diffusers", "tokenizers"}
+
+
+def imports(path, top=False):
+    """Names of the modules a file imports; only those at the top level with top=True."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_both_kinds_of_file_are_there():
+    assert {"rerank", "miniature"} <= set(SCRIPTS) and {"cycle", "data", "world"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_sibling(room):
+    assert not imports(ROOT / f"{room}.py") & (set(ROOMS) | set(SCRIPTS))
+
+
+def test_a_script_is_imported_by_nobody():
+    for path in ROOT.glob("*.py"):
+        assert not imports(path) & set(SCRIPTS), path.name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_importing_a_room_is_free(room):
+    code = f"import sys, {room}; print(sorted(set(sys.modules) & {HEAVY}))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_loads_no_model_library(script):
+    assert not imports(ROOT / f"{script}.py", top=True) & (HEAVY | {"torch"})
+    start = time.process_time(), time.time()
+    out = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and "python " + script in out.stdout
+    assert time.time() - start[1] < 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_survive_torchrun(script):
+    """torchrun takes abbreviations of its own options anywhere on the line: no flag of ours may be one."""
+    from torch.distributed.run import get_args_parser
+    known = [o for a in get_args_parser()._actions for o in a.option_strings]
+    source = (ROOT / f"{script}.py").read_text()
+    calls = re.findall(r"add_argument\(((?:\"-[\w-]+\",? ?)+)", source)
+    assert calls
+    for call in calls:
+        names = re.findall(r'"(-[\w-]+)"', call)
+        usable = [n for n in names if n not in known and not any(o.startswith(n) for o in known if n.startswith("--"))]
+        assert usable, f"{script}.py: {names} is taken by torchrun"
+        assert all("-" not in n.lstrip("-") for n in names), f"{names}: flags are single words"
+
+
+def test_budgets():
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= (110 if node.name == "main" else 60), f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_nothing_committed_unpickles():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"\bpickle\b|torch\.(load|save)\(|trust_remote_code=True", text), path.name
