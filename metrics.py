@@ -142,7 +142,7 @@ def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=Non
     root = HERE / "miniature" if judges == "miniature" else Path(judges)
     for name in names:
         if name not in NAMES[kind]:
-            raise ValueError(f"no likeness {name!r} of {kind}s: choose among {', '.join(NAMES[kind])}")
+            raise ValueError(f"--likeness {name!r} is unknown for {kind}s: choose among {', '.join(NAMES[kind])}")
 
         def encoder(name=name, towers=(kind,)):
             return Encoder(name, HUB[name] if judges == "hub" else str(root / name), towers, device)

@@ -93,26 +93,22 @@ def gather(args, data):
 
 # ---------------------------------------------------------------- what is kept
 def resume(args, direction):
-    """Finished items of an earlier run in --out: {item: rows}. Other settings on the same folder are refused."""
+    """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype")
     settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
-    path, rows = args.out / "settings.json", args.out / "candidates.jsonl"
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
-        if other:
-            raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(other)}): choose another --out or remove it")
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+    path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
+    before = json.loads(path.read_text()) if path.exists() else settings
+    other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+    if other:
+        raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(other)}): choose another --out")
     done = {}
-    for line in rows.read_text().splitlines() if rows.exists() else ():
+    for line in lines.read_text().splitlines() if lines.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue                                            # the line a kill cut off
         done.setdefault(row["item"], {})[row["candidate"]] = row
-    return {k: [v[j] for j in range(args.n)] for k, v in done.items() if len(v) == args.n}
+    return settings, {k: [v[j] for j in range(args.n)] for k, v in done.items() if len(v) == args.n}
 
 
 def append(path, rows):
@@ -274,12 +270,14 @@ def main(args):
             print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
     if not judges.pairs:
         raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs nothing")
-    done = resume(args, direction)
+    settings, done = resume(args, direction)
     path = args.out / "candidates.jsonl"
 
     # the conversations, some items at a time; what is finished is on disk
     mine = [x for x in items[rank::world] if x.name not in done]
-    captioner = generator = None
+    if mine:
+        captioner = cycle.Captioner.load(args.captioner, args.device, args.dtype)
+        generator = cycle.Generator.load(args.generator, args.device, args.dtype)
     skipped, chunk = [], max(1, args.batch // args.n)
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):
@@ -290,8 +288,6 @@ def main(args):
             except ValueError as e:
                 skipped.append(str(e))
         if ready:
-            captioner = captioner or cycle.Captioner.load(args.captioner, args.device, args.dtype)
-            generator = generator or cycle.Generator.load(args.generator, args.device, args.dtype)
             talk = (cycle.image_text_image if direction == IMAGE else cycle.text_image_text)(
                 captioner, generator, [v for _, v in ready], args.n, judges.pairs, args.seed, [x.name for x, _ in ready],
                 {"way": args.way} if direction == IMAGE else None,
@@ -302,6 +298,8 @@ def main(args):
                     judges.clipscore(v[None], row) if direction == IMAGE else judges.clipscore(pictures, [v]))
                     for (_, v), row, pictures in zip(ready, talk.captions, talk.images)])
             scores["likelihood"] = talk.likelihood
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
             for b, (item, _) in enumerate(ready):
                 append(path, rows_of(item, b, talk, args, direction, scores))
         bar.update(len(mine[start:start + chunk]))
@@ -315,7 +313,7 @@ def main(args):
         return 0
 
     # all of it once more, ranked and in the order of the inputs
-    done = resume(args, direction)
+    done = resume(args, direction)[1]
     groups = {x.name: ranked(done[x.name]) for x in items if x.name in done}
     if not groups:
         raise ValueError(f"none of the {len(items)} pictures could be read")
@@ -323,7 +321,7 @@ def main(args):
     by = args.by or next(k for k in names if k in judges.pairs)
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
-    finish(path, [r for k in done for r in (groups.get(k) or ranked(done[k]))])
+    finish(path, [r for k in dict.fromkeys([*groups, *done]) for r in ranked(done[k])])
     ordered = {k: sorted(rows, key=lambda r: r["rank"][by]) for k, rows in groups.items()}
     best = {k: {"caption": v[0]["caption"], "picture": v[0]["picture"], "by": by, "score": v[0]["scores"][by]}
             for k, v in ordered.items()}

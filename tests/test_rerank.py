@@ -1,0 +1,133 @@
+"""rerank.py from end to end on the miniature: what comes out, what is refused, what a kill leaves."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import rerank
+
+FAST = ["--n", "3", "--steps", "2"]
+
+
+def run(*argv, out):
+    return rerank.main(rerank.flags([*map(str, argv), *FAST, "--device", "cpu", "--out", str(out)]))
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "candidates.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("rerank") / "run"
+    assert run("--limit", 3, out=out) == 0
+    return out
+
+
+def test_what_comes_out(finished, capsys):
+    lines = rows(finished)
+    assert len(lines) == 9 and [r["candidate"] for r in lines[:3]] == [0, 1, 2]
+    for r in lines:
+        assert set(r["scores"]) == {"clip", "dino", "pixel", "clipscore", "likelihood"} == set(r["rank"])
+        assert Image.open(finished / r["picture"]).size == (32, 32)
+    for item in {r["item"] for r in lines}:
+        mine = [r for r in lines if r["item"] == item]
+        assert sorted(mine, key=lambda r: r["rank"]["clip"]) == sorted(mine, key=lambda r: -r["scores"]["clip"])
+    best = json.loads((finished / "best.json").read_text())
+    assert all(best[r["item"]]["caption"] == r["caption"] for r in lines if r["rank"]["clip"] == 0)
+    assert Image.open(finished / "sheet.png").width > 400
+    page = (finished / "index.html").read_text()
+    assert page.count("<figure class=best>") == 3 and "http" not in page and "<script" not in page
+
+
+def test_a_pictures_scores_are_those_of_the_files(finished):
+    """The columns, recomputed from what lies on disk with a likeness written here."""
+    import data
+    for r in rows(finished):
+        a, b = data.open_image(finished / r["picture"]), data.open_image(r["input"])
+        assert abs(r["scores"]["pixel"] + float((a - b).square().mean().sqrt())) < 3e-3
+
+
+def test_again_redoes_nothing_and_ranks_anew(finished, monkeypatch, tmp_path, capsys):
+    import cycle
+    monkeypatch.setattr(cycle.Captioner, "load", lambda *a: pytest.fail("nothing was left to do"))
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert run("--limit", 3, "--by", "pixel", out=out) == 0
+    assert rows(out) == rows(finished)
+    best = json.loads((out / "best.json").read_text())
+    assert all(best[r["item"]]["caption"] == r["caption"] for r in rows(out) if r["rank"]["pixel"] == 0)
+    with pytest.raises(ValueError, match="--by sbert"):
+        run("--limit", 3, "--by", "sbert", out=out)
+
+
+def test_after_a_kill_it_goes_on(finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    whole = (out / "candidates.jsonl").read_text()
+    (out / "candidates.jsonl").write_text(whole[:len(whole) // 2])          # in the middle of a line
+    assert run("--limit", 3, out=out) == 0
+    again, before = rows(out), rows(finished)
+    assert [(r["item"], r["caption"], r["rank"]) for r in again] == [(r["item"], r["caption"], r["rank"]) for r in before]
+
+
+def test_other_settings_on_the_same_folder_are_refused(finished):
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        run("--limit", 3, "--seed", 1, out=finished)
+
+
+def test_images_for_sentences(tmp_path):
+    (tmp_path / "two.txt").write_text("a small red ball on the grass\n\na large blue ring at night\n")
+    assert run(tmp_path / "two.txt", "--likeness", "sbert", "clip", "cider", out=tmp_path / "out") == 0
+    lines = rows(tmp_path / "out")
+    assert len(lines) == 6 and lines[0]["item"] == "a small red ball on the grass"
+    assert set(lines[0]["scores"]) == {"sbert", "clip", "cider", "clipscore", "likelihood"}
+
+
+def test_captions_are_escaped(finished, tmp_path):
+    lines = rows(finished)
+    lines[0]["caption"] = "<script>alert('x')</script> & co"
+    shutil.copytree(finished, tmp_path / "run")
+    rerank.page([("<b>", None, "<i>", lines[:3])], "clip", "image-text-image", "<u>", tmp_path / "run" / "x.html")
+    page = (tmp_path / "run" / "x.html").read_text()
+    assert "<script" not in page and "<b>1.</b> &lt;script&gt;" in page and "<i>" not in page and "<u>" not in page
+
+
+def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
+    for i, mode in enumerate(("RGBA", "L", "CMYK")):
+        Image.new(mode, (40 + i, 30)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    assert run(tmp_path, "--likeness", "pixel", out=tmp_path / "out") == 0
+    assert len({r["item"] for r in rows(tmp_path / "out")}) == 3
+    said = capsys.readouterr()
+    assert "broken.png" in said.err and "1 skipped" in said.out
+    with pytest.raises(ValueError, match="none of the 1 pictures"):
+        run(tmp_path / "broken.png", "--likeness", "pixel", out=tmp_path / "none")
+
+
+@pytest.mark.parametrize("argv,said", [
+    (["no.png"], "no.png: no such picture"), (["a red ball", "PICTURE"], "one kind"), ([" "], "empty sentence"),
+    (["list.json"], "list.json: expected a JSON list"), (["--data", "/no/set"], "no data set at /no/set"),
+    (["--captioner", "vit_b", "PICTURE"], "'vit_b'"), (["--likeness", "ssim"], "'ssim'"),
+    (["--captioner", "vitb"], "nothing to rerank")])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, argv, said):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    (tmp_path / "list.json").write_text("{}")
+    argv = [str(tmp_path / "x.png") if a == "PICTURE" else str(tmp_path / a) if a == "list.json" else a for a in argv]
+    out = subprocess.run([sys.executable, "rerank.py", *argv, *FAST, "--device", "cpu", "--out", str(tmp_path / "out")],
+                         cwd=ROOT, capture_output=True, text=True)
+    lines = [x for x in out.stderr.splitlines() if not x.startswith("rerank.py: no likeness")]
+    assert out.returncode == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in out.stderr
+
+
+def test_two_processes_share_the_work(finished, tmp_path):
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "rerank.py", "-n", "3", "--steps", "2",
+                    "--limit", "3", "--device", "cpu", "--out", str(tmp_path / "out")], cwd=ROOT, check=True,
+                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ours, theirs = rows(tmp_path / "out"), rows(finished)
+    assert [(r["item"], r["caption"], r["rank"]) for r in ours] == [(r["item"], r["caption"], r["rank"]) for r in theirs]
