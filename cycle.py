@@ -42,14 +42,15 @@ class Talk:
 
     @property
     def order(self):
-        return {k: s.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True) for k, s in self.scores.items()}
+        return {name: score.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
+                for name, score in self.scores.items()}
 
 
 def image_text_image(captioner, generator, images, n=10, likeness=None, seed=0, items=None, speak=None, draw=None):
     """Image -> n captions -> a picture of each -> how alike picture and image are (paper, Section 3.1, Fig. 2 left).
 
-    images: list of B (3, H, W) or one (B, 3, H, W); likeness: {name: f(pictures (n, 3, h, w), image (1, 3, H, W)) -> (n,)};
-    items: B names or numbers that chance hangs on (default 0, 1, ...); speak, draw: further arguments of the speakers.
+    images: list of B (3, H, W) or one (B, 3, H, W); items: B names or numbers that chance hangs on (default 0, 1, ...);
+    likeness: {name: f(pictures (n, 3, h, w), image (1, 3, H, W)) -> (n,)}; speak, draw: more arguments of the speakers.
     All candidates of an item are drawn from the same noise; equal captions are drawn once.
     """
     items = list(range(len(images))) if items is None else items
@@ -91,12 +92,12 @@ def resolve(name, table, kind):
     if place.exists():
         return str(place), {"local_files_only": True, "use_safetensors": True}
     if name == "miniature" or str(place).count("/") != 1 or place.is_absolute() or str(place)[0] == ".":
-        raise ValueError(f"{kind} {str(name)!r} is not among {', '.join(table)}, nor a directory, nor a hub id (owner/name)")
+        raise ValueError(f"{kind} {str(name)!r} is none of {', '.join(table)}, no directory and no hub id (owner/name)")
     return place.as_posix(), {"use_safetensors": True}
 
 
 def settle(device=None, dtype=None):
-    """Device and dtype: cuda, mps or cpu, whichever is there; bfloat16 (float16 on older GPUs and mps), float32 on a CPU."""
+    """Device (cuda, mps, cpu: the first that is there) and dtype (bfloat16; float16 on mps, old GPUs; CPU float32)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else
                                      "mps" if torch.backends.mps.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -130,8 +131,8 @@ def loading(name, kind):
         yield
     except (OSError, KeyError, RuntimeError, ImportError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{kind} {str(name)!r} could not be loaded ({reason}); give a directory with safetensors weights, "
-                         "or a hub id while the hub can be reached") from e
+        raise ValueError(f"{kind} {str(name)!r} could not be loaded ({reason}); give a directory with safetensors "
+                         "weights, or a hub id while the hub can be reached") from e
 
 
 # ---------------------------------------------------------------- the captioner
@@ -155,15 +156,17 @@ class Captioner:
             return brought(name, device, dtype)
         place, options = resolve(name, CAPTIONERS, "captioner")
         with loading(name, "captioner"):
-            from transformers import AutoConfig, AutoTokenizer, Blip2ForConditionalGeneration, BlipForConditionalGeneration
+            import transformers as hf
             from transformers.utils import cached_file
-            kinds = {"blip": (BlipForConditionalGeneration, cls), "blip-2": (Blip2ForConditionalGeneration, Captioner2)}
-            kind = AutoConfig.from_pretrained(place).model_type
+            kinds = {"blip": (hf.BlipForConditionalGeneration, cls),
+                     "blip-2": (hf.Blip2ForConditionalGeneration, Captioner2)}
+            kind = hf.AutoConfig.from_pretrained(place).model_type
             if kind not in kinds:
-                raise ValueError(f"captioner {str(name)!r} is a {kind} model; BLIP and BLIP-2 are known, others come as file.py:name")
+                raise ValueError(f"captioner {str(name)!r} is a {kind} model: BLIP and BLIP-2 are known here, "
+                                 "another comes in as file.py:name")
             model, wrapper = kinds[kind]
             model = model.from_pretrained(place, dtype=dtype, **options)
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = hf.AutoTokenizer.from_pretrained(place)
             processor = json.loads(Path(cached_file(place, "preprocessor_config.json")).read_text())
         return wrapper(model.to(device), tokenizer, processor)
 
@@ -186,10 +189,9 @@ class Captioner:
     # pixels and tokens in
     def pixels(self, images):
         """Images as the model sees them: (B, 3, S, S), resized and normalised as the library's processor does, but
-        differentiable: values are clamped to [0, 1], gradients pass (a clamp would stop them where a picture saturates)."""
-        views = [F.interpolate(x[None].to(self.device, torch.float32), self.size, mode="bicubic", antialias=True)
-                 if x.shape[-2:] != self.size else x[None].to(self.device, torch.float32) for x in images]
-        x = torch.cat(views)
+        differentiable: values are clamped to [0, 1], gradients pass (a clamp stops them where a picture saturates)."""
+        x = torch.cat([F.interpolate(x[None].to(self.device, torch.float32), self.size, mode="bicubic", antialias=True)
+                       for x in images])                                                          # (B, 3, S, S)
         x = x + (x.clamp(0, 1) - x).detach()
         return ((x - self.mean.to(x)) / self.std.to(x)).to(self.dtype)
 
@@ -209,15 +211,15 @@ class Captioner:
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def read(self, images, captions, states=None):
-        """One teacher-forced pass for the caption losses (Eq. 1, 4): B images (or their states) and B captions -> Reading.
+        """One teacher-forced pass for the caption losses (Eq. 1, 4): B images (or their states), captions -> Reading.
         Captions are cut at the decoder's length. Differentiable with respect to images and weights."""
         states = self.look(images) if states is None else states
         room = self.limit - len(self.prompt) - 1
-        rows = [self.prompt + self.tokenizer(c, add_special_tokens=False).input_ids[:room] + [self.end] for c in captions]
-        length = max(map(len, rows))
+        rows = [self.prompt + self.tokenizer(c, add_special_tokens=False).input_ids[:room] + [self.end]
+                for c in captions]
+        length, start = max(map(len, rows)), len(self.prompt)
         ids = torch.tensor([r + [self.pad] * (length - len(r)) for r in rows], device=self.device)
-        targets = torch.tensor([[-100] * len(self.prompt) + r[len(self.prompt):] + [-100] * (length - len(r)) for r in rows],
-                               device=self.device)
+        targets = torch.tensor([[-100] * start + r[start:] + [-100] * (length - len(r)) for r in rows]).to(self.device)
         hidden, _ = self.decode(states, ids[:, :-1])          # padding is on the right: a causal decoder never sees it
         return Reading(hidden, targets[:, 1:], self.head.weight, self.head.bias)
 
@@ -242,23 +244,20 @@ class Captioner:
         items = range(len(images)) if items is None else items
         states = self.look(images)
         ids = self.beam(states, n, length) if way == "beam" else self.sample(states, n, way, seed, items, length)
-        texts = [" ".join(self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True).split())
-                 for row in self.said(ids)]
+        ids = [row[:row.index(self.end)] if self.end in row else row for row in ids.tolist()]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=True) for row in ids]
+        texts = [" ".join(text.split()) for text in texts]
         likelihood = self.likelihood(None, texts, states.repeat_interleave(n, 0)).view(-1, n)
         return [texts[i:i + n] for i in range(0, len(texts), n)], likelihood
 
-    def said(self, ids):
-        """Each row of ids up to its end."""
-        for row in ids.tolist():
-            yield row[:row.index(self.end)] if self.end in row else row
-
     def sample(self, states, n, way, seed, items, length):
-        """n samples for each of B states -> ids after the prompt (B n, L). The prompt is read, and keys and values of vision
-        are computed, once per image; then the cache is repeated n times."""
+        """n samples for each of B states -> ids after the prompt (B n, L). The prompt is read, and keys and values of
+        vision are computed, once per image; then the cache is repeated n times."""
         from transformers.generation import logits_process as warp
-        warpers = [warp.RepetitionPenaltyLogitsProcessor(1.1), {
-            "top-p": lambda: warp.TopPLogitsWarper(.9), "top-k": lambda: warp.TopKLogitsWarper(50),
-            "temperature": lambda: warp.TemperatureLogitsWarper(.7), "typical": lambda: warp.TypicalLogitsWarper(.9)}[way]()]
+        warpers = [warp.RepetitionPenaltyLogitsProcessor(1.1),
+                   {"top-p": lambda: warp.TopPLogitsWarper(.9), "top-k": lambda: warp.TopKLogitsWarper(50),
+                    "temperature": lambda: warp.TemperatureLogitsWarper(.7),
+                    "typical": lambda: warp.TypicalLogitsWarper(.9)}[way]()]
         ids = torch.tensor([self.prompt] * len(states), device=self.device)
         hidden, cache = self.decode(states, ids, self.memory())
         cache.batch_repeat_interleave(n)
@@ -299,7 +298,7 @@ class Captioner2(Captioner):
 
     def begin(self):
         if self.model.config.text_config.is_encoder_decoder:
-            raise ValueError("a BLIP-2 with an encoder-decoder language model is not supported; use one with OPT (blip2-opt-2.7b)")
+            raise ValueError("a BLIP-2 with an encoder-decoder language model is not supported: use blip2-opt-2.7b")
         # Differs: the paper's prompt is BLIP's; BLIP-2 was trained with this one (Li et al. 2023)
         self.prompt = [self.tokenizer.bos_token_id, *self.tokenizer("a photo of", add_special_tokens=False).input_ids]
         text = self.model.config.text_config
@@ -325,13 +324,13 @@ class Captioner2(Captioner):
     def beam(self, states, n, length):
         words = self.decoder.get_input_embeddings()(torch.tensor([self.prompt] * len(states), device=self.device))
         words = torch.cat([states.to(words), words], 1)
-        return self.decoder.generate(inputs_embeds=words, attention_mask=words.new_ones(words.shape[:2], dtype=torch.long),
-                                     **self.searching(n, length))
+        mask = torch.ones(words.shape[:2], dtype=torch.long, device=self.device)
+        return self.decoder.generate(inputs_embeds=words, attention_mask=mask, **self.searching(n, length))
 
 
 # ---------------------------------------------------------------- the generator
 class Generator:
-    """A Stable-Diffusion-1.x/2.x checkpoint that draws captions; any other text-to-image pipeline can draw, and only that."""
+    """A Stable Diffusion 1.x or 2.x checkpoint that draws captions; any other text-to-image pipeline can only draw."""
 
     @classmethod
     def load(cls, name="miniature", device=None, dtype=None):
@@ -357,7 +356,7 @@ class Generator:
     def __init__(self, pipe):
         pipe.set_progress_bar_config(disable=True)
         if hasattr(pipe, "safety_checker"):
-            pipe.safety_checker = None                       # it blackens pictures; a blackened candidate cannot be compared
+            pipe.safety_checker = None                       # a picture it blackened could not be compared
         self.pipe, self.device = pipe, pipe.device
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -367,20 +366,18 @@ class Generator:
         self.dtype = getattr(pipe, "dtype", torch.float32)
 
     @torch.no_grad()
-    def draw(self, captions, items=None, seed=0, steps=50, guidance=7.5, batch=16, progress=None):
+    def draw(self, captions, items=None, seed=0, steps=50, guidance=7.5, batch=16):
         """One picture per caption: (B, 3, H, W) float32 in [0, 1], on the CPU, by the checkpoint's own scheduler.
 
-        The noise is a function of (seed, item): captions of equal items start from equal noise. progress(done) is called
-        after each batch. Both guidance halves of a batch go through the UNet in one call.
+        The noise is a function of (seed, item): captions of equal items start from equal noise. Both guidance halves
+        of a batch go through the UNet in one call.
         """
         items = list(range(len(captions))) if items is None else items
         done = []
         for i in range(0, len(captions), batch):
             noise = [chance("draw", seed, item) for item in items[i:i + batch]]
-            done.append(self.pipe(captions[i:i + batch], generator=noise, num_inference_steps=steps, guidance_scale=guidance,
-                                  output_type="pt").images.float().cpu())
-            if progress:
-                progress(sum(map(len, done)))
+            done.append(self.pipe(captions[i:i + batch], generator=noise, num_inference_steps=steps,
+                                  guidance_scale=guidance, output_type="pt").images.float().cpu())
         return torch.cat(done)
 
     def too_long(self, captions):
@@ -418,5 +415,6 @@ class Generator:
         return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     def predict(self, noised, timesteps, states):
-        """The UNet's output (B, C, h, w) for x_t, t (B,) and text states: noise or velocity, as scheduler.config says."""
+        """The UNet's output (B, C, h, w) for x_t, t (B,) and text states: noise or velocity, as the scheduler's
+        prediction_type says."""
         return self.unet(noised, timesteps, states).sample

@@ -79,7 +79,7 @@ def nocaps(root, split="nocaps"):
     path = root / "nocaps_val_4500_captions.json"
     data = load(path)
     if "annotations" not in data:
-        raise ValueError(f"{path} lists files without captions; the file with captions is nocaps_val_4500_captions.json")
+        raise ValueError(f"{path} lists files without captions; nocaps_val_4500_captions.json has them")
     said = {}
     for a in data["annotations"]:
         said.setdefault(a["image_id"], []).append(fold(a["caption"]))
@@ -120,8 +120,8 @@ def fold(caption):
 def open_image(path):
     """A picture file of any mode and orientation: float32 (3, H, W) in [0, 1].
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit depth is scaled (not cut), of an animation the first
-    frame is taken. Raises ValueError naming the file where it is no picture.
+    EXIF orientation is applied, transparency is laid on white, 16-bit depth is scaled (not cut), of an animation the
+    first frame is taken. Raises ValueError naming the file where it is no picture.
     """
     from PIL import Image, ImageOps
     try:
@@ -135,12 +135,12 @@ def open_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path} is not a picture that can be read ({type(e).__name__}: {os.path.basename(str(e))})") from e
+        raise ValueError(f"{path} is not a picture that can be read ({type(e).__name__})") from e
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def save_image(image, path):
-    """Float (3, H, W) in [0, 1] -> a PNG, rounded to 8 bit; written beside and renamed, so that a kill leaves no half file."""
+    """Float (3, H, W) in [0, 1] -> a PNG of 8 bit; written beside and renamed, so that a kill leaves no half file."""
     from PIL import Image
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

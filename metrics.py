@@ -2,11 +2,11 @@
 
     cider(candidates, references)                            # the field's CIDEr (CIDEr-D), per item; papers print x 100
     likeness = likenesses(["clip", "pixel"], "image", "miniature").pairs
-    likeness["clip"](pictures, image)                        # (n,) cosine of the encoder's embeddings, higher = more alike
+    likeness["clip"](pictures, image)                # (n,) cosine of the encoder's embeddings, higher = more alike
     choices(quality, ranking)                                # mean, chosen, oracle, score by rank, with 95 % intervals
 
-Captions are str, images float (B, 3, H, W) in [0, 1]. Copy this file alone: it needs numpy; torch and transformers for the
-encoders, scipy for the word mover's distance. Pooling and distances are those of the paper's experiments.
+Captions are str, images float (B, 3, H, W) in [0, 1]. Pooling and distances are those of the paper's experiments.
+Copy this file alone: it needs numpy; torch and transformers for the encoders, scipy for the word mover's distance.
 """
 import functools
 import json
@@ -21,16 +21,16 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
        "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
-NAMES = {"image": ("clip", "dino", "pixel"), "text": ("clip", "sbert", "cider", "wmd")}
+NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert", "cider", "wmd")}
 
 
 # ---------------------------------------------------------------- words
-# After the Penn Treebank tokenizer of CoreNLP, by which COCO captions are scored: clitics are split off, hyphens, slashes
-# and inner dots are kept, sentence punctuation is dropped. About 0.05 % of captions come out otherwise than by the jar.
+# After the Penn Treebank tokenizer of CoreNLP, by which COCO captions are scored: clitics are split off, hyphens,
+# slashes and inner dots are kept, sentence punctuation is dropped. The jar differs in fewer than one caption of 1000.
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 DROPPED = {"''", "'", "`", "``", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
-SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me", "lemme": "lem me",
-         "'tis": "'t is", "'twas": "'t was"}
+SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "gimme": "gim me",
+         "lemme": "lem me", "'tis": "'t is", "'twas": "'t was"}
 TOKEN = re.compile(r"""
     https?://\S+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+ | [@\#][a-z]\w*                       # addresses, @names, #tags
   | (?:[a-z]\.){2,} | (?:mr|mrs|ms|dr|st|vs|etc|no|jr|sr|prof|ave|ft|inc|co)\.(?=\s|$|\w)  # u.s.  p.m.  mr.
@@ -68,8 +68,9 @@ def document_frequency(references):
 def cider(candidates, references, df=None):
     """CIDEr-D without stemming, which the field reports as CIDEr (Vedantam et al. 2015), of each item: (N,) float64.
 
-    candidates: N captions; references: N lists of captions. df: what document_frequency gives, of a reference set; without
-    it that of `references` itself, as corpus scores have it (a corpus of one image then scores 0). Papers print 100 x mean.
+    candidates: N captions; references: N lists of captions. df: what document_frequency gives, of a reference set;
+    without it that of `references` itself, as corpus scores have it (one image alone then scores 0). Papers print
+    100 x the mean.
     """
     df, n = df or document_frequency(references)
     log_n = math.log(max(n, 1))
@@ -89,8 +90,9 @@ def cider(candidates, references, df=None):
     return np.array([sum(pair(c, r) for r in rows) / max(1, len(rows)) for c, rows in zip(candidates, references)])
 
 
-STOP = frozenset("a an the of on in at to and or is are was were be been being with by for from as it its this that these those "
-                 "there here he she they his her their them i we you my your our up down out into over under some".split())
+STOP = frozenset("a an the of on in at to and or is are was were be been being with by for from as it its this that "
+                 "these those there here he she they his her their them i we you my your our up down out into over under some"
+                 .split())
 
 
 def word_vectors(path, words):
@@ -109,8 +111,8 @@ def word_vectors(path, words):
 
 
 def wmd(a, b, vectors):
-    """Word mover's distance (Kusner et al. 2015) of two token lists, exact: the assignment of tokens repeated to the least
-    common multiple. Words without a vector are dropped; nan where nothing is left. vectors: {word: unit vector}."""
+    """Word mover's distance (Kusner et al. 2015) of two token lists, exact: the assignment of tokens repeated to the
+    least common multiple. Words without a vector are dropped; nan where none is left. vectors: {word: unit vector}."""
     from scipy.optimize import linear_sum_assignment
     a, b = ([t for t in tokens if t in vectors] for tokens in (a, b))
     if not a or not b:
@@ -134,8 +136,9 @@ class Likenesses:
 def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=None):
     """The likenesses called `names` of images or of text. What can't be had here is in `absent`, the rest works.
 
-    kind: "image" (clip, dino, pixel) or "text" (clip, sbert, cider, wmd). judges: "hub" (the paper's encoders), "miniature",
-    or a folder that holds clip/, dino/, sbert/. references: lists of captions; their document frequency weighs cider.
+    kind: "image" (clip, dino, pixel, inception) or "text" (clip, sbert, cider, wmd). judges: "hub" (the paper's
+    encoders), "miniature", or a folder that holds clip/, dino/, sbert/. references: lists of captions, whose document
+    frequency weighs cider.
     Raises ValueError for an unknown name.
     """
     out = Likenesses()
@@ -160,13 +163,18 @@ def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=Non
                     out.absent[name] = "it needs word vectors; give --glove glove.6B.200d.txt"
                     continue
                 out.pairs[name] = functools.partial(movers, glove)
+            elif name == "inception":
+                out.pairs[name] = inception(device)
             else:
                 made = encoder(towers=("image", "text") if name == "clip" else (kind,))
                 out.pairs[name] = functools.partial(made.alike, kind)
                 out.clipscore = made.score if name == "clip" else out.clipscore
-        except (OSError, KeyError, ImportError, RuntimeError) as e:
-            where = HUB[name] if judges == "hub" else root / name
-            out.absent[name] = f"{where} could not be loaded ({' '.join(str(e).split())[:160]}); give --judges a folder with it"
+        except ImportError as e:
+            out.absent[name] = f"{e.name} is not installed: pip install torch-fidelity"
+        except (OSError, KeyError, RuntimeError) as e:
+            where = "its weights" if name == "inception" else HUB[name] if judges == "hub" else root / name
+            reason = " ".join(str(e).split())[:160]
+            out.absent[name] = f"{where} could not be loaded ({reason}); give --judges a folder with it"
     return out
 
 
@@ -176,6 +184,20 @@ def pixel(a, b):
     if b.shape[-2:] != a.shape[-2:]:
         b = F.interpolate(b, a.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
     return -(a - b).double().square().mean((1, 2, 3)).sqrt().cpu().numpy()
+
+
+def inception(device):
+    """Cosine of the 2048 features of torch-fidelity's Inception v3, those of FID. (The paper's per-image "FID" can only
+    be such a distance: one image has no covariance.)"""
+    import torch
+    import torch.nn.functional as F
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device or "cpu").eval()
+
+    def features(x):
+        with torch.no_grad():
+            return F.normalize(extractor((x.clamp(0, 1) * 255).round().byte().to(device or "cpu"))[0].double(), dim=-1)
+    return lambda a, b: (features(a) * features(b)).sum(-1).cpu().numpy()
 
 
 def movers(glove, a, b):
@@ -189,7 +211,7 @@ class Encoder:
     """CLIP, DINO or SBERT of transformers, pooled as the paper's experiments have it; embeddings are unit vectors."""
 
     def __init__(self, name, place, towers, device="cpu"):
-        """name: clip, dino or sbert; place: directory or hub id; towers: what will be encoded, "image", "text" or both."""
+        """name: clip, dino, sbert; place: directory or hub id; towers: what to encode, "image", "text" or both."""
         import transformers
         from transformers.utils import cached_file, logging
         logging.disable_progress_bar()
@@ -207,8 +229,8 @@ class Encoder:
             self.view = json.loads(Path(cached_file(place, "preprocessor_config.json", **local)).read_text())
 
     def pixels(self, images):
-        """Images resized, cut and normalised as the processor does: (B, 3, S, S). DINO's S is 384, the paper's, or smaller
-        where the checkpoint was trained on less."""
+        """Images resized, cut and normalised as the processor does: (B, 3, S, S). DINO's S is 384, the paper's, or
+        smaller where the checkpoint was trained on less."""
         import torch
         import torch.nn.functional as F
         size = self.view["size"]
@@ -268,7 +290,7 @@ class Encoder:
         return (encode(a) * encode(b)).sum(-1).numpy()
 
     def score(self, images, captions):
-        """The cosine of image and caption after CLIP's projections (CLIPScore without its factor; Hessel et al. 2021)."""
+        """Cosine of image and caption after CLIP's projections (CLIPScore without its factor; Hessel et al. 2021)."""
         import torch
         import torch.nn.functional as F
         with torch.no_grad():

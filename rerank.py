@@ -4,13 +4,14 @@
     python rerank.py photo.jpg holiday/ --captioner vitb         # best of ten captions for files and folders
     python rerank.py "a small red star on the grass"             # best of ten images for a sentence
     python rerank.py sentences.txt                               # one a line, or a JSON list
-    python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen and oracle too
+    python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen, oracle too
 
 Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood, every likeness, ranks),
 best.json, sheet.png and index.html. Run again, it goes on where it stopped; another --by ranks again without redoing.
 """
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,20 +23,20 @@ DEFAULTS = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"]}
 
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("inputs", nargs="*", help="pictures, folders of pictures, sentences, or a .txt / .json file of sentences")
+    p.add_argument("inputs", nargs="*", help="pictures, folders of pictures, sentences, or a .txt or .json of them")
     p.add_argument("-n", "--n", type=int, default=10, help="candidates for each input (the paper's N)")
-    p.add_argument("--captioner", default="miniature", help="miniature, vitb, vitl, blip2, a directory, hub id or file.py:name")
-    p.add_argument("--generator", help="miniature, sd14, a pipeline directory, hub id or file.py:name; follows --captioner")
-    p.add_argument("--data", help="the set that inputs and references come from where no inputs are given; default miniature")
+    p.add_argument("--captioner", default="miniature", help="miniature, vitb, vitl, blip2, folder, hub id, file.py:f")
+    p.add_argument("--generator", help="miniature, sd14, directory, hub id or file.py:name; follows --captioner")
+    p.add_argument("--data", help="a set to take inputs and references from if none are given; default miniature")
     p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
     p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
     p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
     p.add_argument("--way", default="top-p", help="how captions are sampled: top-p, top-k, temperature, typical, beam")
     p.add_argument("--steps", type=int, default=50, help="denoising steps a picture")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
-    p.add_argument("--likeness", nargs="*", help="what to compare by; images: clip dino pixel inception; text: clip sbert cider wmd")
+    p.add_argument("--likeness", nargs="*", help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
     p.add_argument("--by", help="the likeness that ranks; default the first of --likeness that is available")
-    p.add_argument("--judges", help="folder of the encoders clip, dino, sbert, or hub; default the miniature's with its captioner")
+    p.add_argument("--judges", help="miniature, hub, or a folder with clip, dino, sbert; follows --captioner")
     p.add_argument("--glove", help="GloVe text file for wmd")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
     p.add_argument("--batch", type=int, default=40, help="pictures drawn at once: memory and speed, not the result")
@@ -57,7 +58,7 @@ def gather(args, data):
     """(direction, items) from the arguments. A mixture of pictures and sentences is refused."""
     if not args.inputs:
         if not args.data:
-            raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a folder that holds a set")
+            raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a set's folder")
         items = data.read(args.data, args.split)[:args.limit or (4 if args.data == "miniature" else None)]
         direction = TEXT if args.turn == "text" else IMAGE
         if direction == TEXT and not all(x.captions for x in items):
@@ -112,7 +113,7 @@ def resume(args, direction):
 
 
 def append(path, rows):
-    """All candidates of an item by one write: several processes may add to one file, a kill cuts at most the last line."""
+    """All candidates of an item by one write: several processes may add to a file, a kill cuts only its last line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab", buffering=0) as f:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
@@ -183,17 +184,21 @@ def page(groups, by, direction, note, path):
     def image(picture):
         buffer, small = io.BytesIO(), frame(picture, 192)
         small.save(buffer, "PNG", optimize=True)
-        return f'<img alt="" width="192" height="192" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return f'<img alt="" width="192" height="192" src="data:image/png;base64,{data}">'
 
+    style = ("body{font:15px/1.4 system-ui,sans-serif;margin:2em;background:#faf9f6;color:#222}"
+             "section{margin:2em 0;padding-top:1em;border-top:1px solid #ddd}.row{display:flex;flex-wrap:wrap;gap:16px}"
+             "figure{margin:0;width:192px;padding:8px;background:#fff;border-radius:8px}"
+             "figure.best{outline:4px solid #d9a300}img{image-rendering:pixelated;display:block}"
+             "small{color:#777;display:block}")
     out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-           f"<title>parley: {direction}</title><style>body{{font:15px/1.4 system-ui,sans-serif;margin:2em;background:#faf9f6;color:#222}}"
-           "section{margin:2em 0;padding-top:1em;border-top:1px solid #ddd}.row{display:flex;flex-wrap:wrap;gap:16px}"
-           "figure{margin:0;width:192px;padding:8px;background:#fff;border-radius:8px}figure.best{outline:4px solid #d9a300}"
-           "img{image-rendering:pixelated;display:block}small{color:#777;display:block}</style>"
+           f"<title>parley: {direction}</title><style>{style}</style>"
            f"<h1>parley: {direction}</h1><p>{html.escape(note)}</p>"]
     for item, picture, words, rows in groups:
         head = image(picture) if picture else f"<p><b>{html.escape(words)}</b></p>"
-        out.append(f"<section><h2>{html.escape(item)}</h2><div class=row><figure>{head}<small>the input</small></figure>")
+        out.append(f"<section><h2>{html.escape(item)}</h2><div class=row><figure>{head}<small>the input</small>"
+                   "</figure>")
         for c, row in enumerate(rows):
             scores = "<br>".join(f"{html.escape(k)} {v:.3f}" for k, v in row["scores"].items() if v is not None)
             out.append(f"<figure{' class=best' if c == 0 else ''}>{image(path.parent / row['picture'])}"
@@ -208,39 +213,45 @@ def rows_of(item, b, talk, args, direction, scores):
     import hashlib
 
     import data
-    stem = f"{Path(item.name).stem[:40] if direction == IMAGE else 'sentence'}-{hashlib.sha1(item.name.encode()).hexdigest()[:8]}"
+    stem = Path(item.name).stem[:40] if direction == IMAGE else "sentence"
+    stem += "-" + hashlib.sha1(item.name.encode()).hexdigest()[:8]
     rows = []
     for j in range(args.n):
         picture = f"pictures/{stem}-{j}.png"
         data.save_image(talk.images[b, j], args.out / picture)
-        rows.append({"item": item.name, "direction": direction, "candidate": j, "input": str(item.path or item.captions[0]),
-                     "caption": talk.captions[b][j], "picture": picture, "seed": args.seed,
-                     "likelihood": round(float(talk.likelihood[b, j]), 4),
-                     "scores": {k: None if v != v else round(float(v), 6) for k, v in ((k, s[b][j]) for k, s in scores.items())}})
+        values = {name: float(score[b][j]) for name, score in scores.items()}
+        rows.append({"item": item.name, "direction": direction, "candidate": j,
+                     "input": str(item.path or item.captions[0]), "caption": talk.captions[b][j], "picture": picture,
+                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4),
+                     "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in values.items()}})
     return rows
 
 
+def value(row, name):
+    """A row's score as a number to rank by: a missing one comes last."""
+    return -math.inf if row["scores"][name] is None else row["scores"][name]
+
+
 def ranked(rows):
-    """Rows with their rank (0 = best) under each likeness, kept stable for equal scores; a missing score comes last."""
+    """Rows with their rank (0 = best) under each likeness; equal scores keep the candidates' order."""
     for name in rows[0]["scores"]:
-        order = sorted(range(len(rows)), key=lambda j: -(rows[j]["scores"][name] if rows[j]["scores"][name] is not None else -9e9))
-        for place, j in enumerate(order):
-            rows[j].setdefault("rank", {})[name] = place
+        for place, row in enumerate(sorted(rows, key=lambda r: -value(r, name))):
+            row.setdefault("rank", {})[name] = place
     return rows
 
 
 def worth(groups, items, names, metrics):
-    """With references: CIDEr x 100 of a random candidate, of the one each score chooses, of the best; and the intervals."""
+    """With references: CIDEr x 100 of a random candidate, of the one each score chooses, of the best; intervals."""
     references = {x.name: x.captions for x in items if len(x.captions) > 1}
     groups = {k: v for k, v in groups.items() if k in references}
     if len(groups) < 2:
         return []
     df = metrics.document_frequency(list(references.values()))
-    quality = [100 * metrics.cider([r["caption"] for r in rows], [references[k]] * len(rows), df) for k, rows in groups.items()]
+    quality = [100 * metrics.cider([r["caption"] for r in rows], [references[k]] * len(rows), df)
+               for k, rows in groups.items()]
     lines = []
     for name in names:
-        c = metrics.choices(quality, [[-9e9 if r["scores"][name] is None else r["scores"][name] for r in rows]
-                                      for rows in groups.values()])
+        c = metrics.choices(quality, [[value(r, name) for r in rows] for rows in groups.values()])
         low, high = c["interval"]
         lines.append(f"CIDEr of {c['items']} items by {name:11s} mean {c['mean']:6.1f}   chosen {c['chosen']:6.1f}   "
                      f"oracle {c['oracle']:6.1f}   gain {c['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
@@ -263,8 +274,9 @@ def main(args):
     device = cycle.settle(args.device)[0]
 
     # judges: what is not to be had here costs one line, never the run
-    judges = metrics.likenesses(args.likeness or DEFAULTS[direction], "image" if direction == IMAGE else "text", args.judges,
-                                device, [x.captions for x in data.read(args.data, args.split)] if args.data else [], args.glove)
+    references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
+    judges = metrics.likenesses(args.likeness or DEFAULTS[direction], "image" if direction == IMAGE else "text",
+                                args.judges, device, references, args.glove)
     for name, reason in judges.absent.items():
         if rank == 0:
             print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
@@ -289,8 +301,8 @@ def main(args):
                 skipped.append(str(e))
         if ready:
             talk = (cycle.image_text_image if direction == IMAGE else cycle.text_image_text)(
-                captioner, generator, [v for _, v in ready], args.n, judges.pairs, args.seed, [x.name for x, _ in ready],
-                {"way": args.way} if direction == IMAGE else None,
+                captioner, generator, [v for _, v in ready], args.n, judges.pairs, args.seed,
+                [x.name for x, _ in ready], {"way": args.way} if direction == IMAGE else None,
                 {"steps": args.steps, "guidance": args.guidance, "batch": args.batch})
             scores = dict(talk.scores)
             if judges.clipscore:                                # the baseline without a cycle: candidate against input
@@ -334,7 +346,7 @@ def main(args):
     for item, _, words, rows in shown[:20]:
         print(f"\n{item if direction == IMAGE else words}")
         for r in rows:
-            print(f"  {r['rank'][by] + 1:2d}  {by} {r['scores'][by]:7.3f}  log p {r['likelihood']:7.2f}  {r['caption']}")
+            print(f"  {r['rank'][by] + 1:2d}  {by} {value(r, by):7.3f}  log p {r['likelihood']:7.2f}  {r['caption']}")
     print()
     for line in worth(groups, items, names, metrics) if direction == IMAGE else ():
         print(line)

@@ -3,14 +3,16 @@
 A scene is one or two objects (shape, colour, size, place) on a ground. From a seed it is drawn as a 32 x 32 picture
 and described by five captions that each state other facts; `facts` reads a caption back, so that "how much of what a
 caption states is true" is counted, not judged. Twelve of the 48 colour-shape pairs are held out, as NoCaps holds out
-object classes: a captioner trained on `train` met them rarely, a generator trained on `all` met them as often as others.
+object classes: a captioner trained on `train` met them rarely, a generator trained on `all` as often as others.
 
     scene = sample("test", 7)           # the eighth scene of the test split: a function of (split, index) alone
     image = draw(scene)                 # (32, 32, 3) uint8
     five = captions(scene)              # ["a small red ball on the grass", ...]
     right, stated = verify(five[0], scene)
+    model = reader("miniature/reader/model.safetensors")
+    look(model, pictures)               # scenes read off any pictures (B, 3, 32, 32) in [0, 1], the generator's too
 
-Copy this file alone: it needs numpy and pillow.
+Copy this file alone: it needs numpy and pillow; torch, safetensors and scipy to read pictures.
 """
 import itertools
 import math
@@ -37,10 +39,11 @@ GROUNDS = {"grass": ((150, 176, 118), ("on the grass", "in a meadow")),
 RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
              "above": ("above", "over"), "below": ("below", "beneath")}          # of the first object to the second
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-HELD_OUT = {(colour, shape) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS) if j in (i, (i + 3) % 8)}
+HELD_OUT = {(colour, shape) for i, shape in enumerate(SHAPES) for j, colour in enumerate(COLOURS)
+            if j in (i, (i + 3) % 8)}
 PAIRS = list(itertools.product(COLOURS, SHAPES))
 KNOWN = [pair for pair in PAIRS if pair not in HELD_OUT]
-RARE = 0.005                                # share of the objects in `train` whose pair is held out
+RARE = 0.001                                # share of the objects in `train` whose pair is held out
 SPLITS = ("train", "all", "val", "test", "near", "out")        # val and test are in-domain
 
 
@@ -135,7 +138,7 @@ def _ground(pen, ground, base, rng, k):
 
 
 def _shape(image, o, k, fill, line):
-    """One object by its mask: the outline colour over the whole shape, then the fill over the shape shrunk by a pixel."""
+    """One object by its mask: the outline colour over the whole shape, then the fill over the shape made smaller."""
     x, y, radius = o["x"] * k, o["y"] * k, SIZES[o["size"]][0] * k
     for r, colour in ((radius, line), (radius - .8 * k, fill)):
         mask = Image.new("L", image.size)
@@ -254,3 +257,57 @@ def verify(caption, scene):
             right += said["relation"] == relation(*order)
         best = max(best, right)
     return best + (said["ground"] is not None and said["ground"] == scene["ground"]), stated
+
+
+def full_caption(scene):
+    """A caption of the scene that states colour and shape of every object."""
+    for caption in captions(scene, 200):
+        stated = facts(caption)["objects"]
+        if len(stated) == len(scene["objects"]) and all(o["colour"] for o in stated):
+            return caption
+    raise ValueError("no caption of this scene states every colour")
+
+
+# ---------------------------------------------------------------- pictures read back
+HEADS = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES), len(GROUNDS))      # classes under a cell, as in `grid`
+
+
+def reader(weights=None):
+    """A convnet (B, 3, 32, 32) in [0, 1] -> logits (B, 25, 8, 8), trained on drawn scenes alone (miniature.py): the one
+    that counts what a generator drew right, independent of every judge that chose. weights: a safetensors file."""
+    from torch import nn
+
+    def conv(i, o, stride=1):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
+    model = nn.Sequential(conv(3, 32), conv(32, 64, 2), conv(64, 96), conv(96, 128, 2), conv(128, 128), conv(128, 128),
+                          conv(128, 128), nn.Conv2d(128, sum(HEADS), 1))
+    if weights is not None:
+        from safetensors.torch import load_file
+        model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+        model.eval().requires_grad_(False)
+    return model
+
+
+def look(model, images):
+    """Scenes read off pictures: cells that touch and hold something are an object, its facts by sum of log odds."""
+    import torch
+    from scipy.ndimage import label
+    with torch.no_grad():
+        parts = [p.log_softmax(1).numpy() for p in model(images).split(HEADS, 1)]              # (B, classes, 8, 8) each
+    scenes = []
+    for b in range(len(images)):
+        islands, count = label(parts[0][b].argmax(0) > 0)
+        objects = []
+        for k in range(1, count + 1):
+            rows, columns = np.nonzero(islands == k)
+            shape, colour, size = (list(table)[p[b][1:, rows, columns].sum(1).argmax()]
+                                   for table, p in zip((SHAPES, COLOURS, SIZES), parts))
+            objects.append({"shape": shape, "colour": colour, "size": size,
+                            "x": float(columns.mean() * 4 + 2), "y": float(rows.mean() * 4 + 2)})
+        scenes.append({"objects": objects, "ground": list(GROUNDS)[parts[3][b].sum((1, 2)).argmax()]})
+    return scenes
+
+
+def pairs(scene):
+    """The colour-shape pairs of a scene, sorted."""
+    return sorted((o["colour"], o["shape"]) for o in scene["objects"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"                     # the planning folder beside a developer's checkout; absent in a clone
+SHARED = ROOT.parent / "shared"                     # the planning folder beside a checkout; absent in a clone
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -75,11 +75,13 @@ def blip2(tmp_path_factory):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = OPTConfig(vocab_size=len(tokenizer) + 5, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-                     max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=2, pad_token_id=1, eos_token_id=end[-1])
-    config = Blip2Config(vision_config=Blip2VisionConfig(**size, image_size=28, patch_size=7, initializer_range=.1).to_dict(),
-                         qformer_config=Blip2QFormerConfig(**size, encoder_hidden_size=32, vocab_size=40).to_dict(),
-                         text_config=text.to_dict(), num_query_tokens=6, image_token_index=len(tokenizer) - 1)
+    text = OPTConfig(vocab_size=len(tokenizer) + 5, hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                     num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=2,
+                     pad_token_id=1, eos_token_id=end[-1])
+    vision = Blip2VisionConfig(**size, image_size=28, patch_size=7, initializer_range=.1)
+    qformer = Blip2QFormerConfig(**size, encoder_hidden_size=32, vocab_size=40)
+    config = Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
+                         num_query_tokens=6, image_token_index=len(tokenizer) - 1)
     model = Blip2ForConditionalGeneration(config)
     torch.nn.init.normal_(model.query_tokens)
     for p in model.parameters():
@@ -88,6 +90,6 @@ def blip2(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(
-        {"image_processor_type": "BlipImageProcessor", "do_resize": True, "size": {"height": 28, "width": 28}, "resample": 3,
-         "image_mean": [.48145466, .4578275, .40821073], "image_std": [.26862954, .26130258, .27577711]}))
+        {"image_processor_type": "BlipImageProcessor", "do_resize": True, "size": {"height": 28, "width": 28},
+         "resample": 3, "image_mean": [.481, .458, .408], "image_std": [.269, .261, .276]}))
     return folder

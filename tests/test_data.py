@@ -16,8 +16,8 @@ def test_the_shipped_miniature_is_read_by_the_ordinary_readers():
         assert len(items) == count and all(len(x.captions) == 5 and x.path.exists() for x in items)
         assert len({x.name for x in items}) == count
     drawn = world.draw(world.sample("near", 7))                 # the files are the world's own pictures
-    assert (data.open_image(data.read("miniature", "near")[7].path).permute(1, 2, 0) * 255).round().byte().numpy().tolist() \
-        == drawn.tolist()
+    shipped = data.open_image(data.read("miniature", "near")[7].path).permute(1, 2, 0) * 255
+    assert shipped.round().byte().numpy().tolist() == drawn.tolist()
 
 
 def test_blips_schema(tmp_path):
@@ -44,7 +44,8 @@ def test_a_folder_with_and_without_captions(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
     assert [x.name for x in data.read(tmp_path)] == ["a.jpg", "b.png", "sub/c.webp"]
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "a.jpg", "text": "y"}\n')
+    lines = [json.dumps({"file_name": "a.jpg", "text": text}) for text in "xy"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert data.read(tmp_path)[0].captions == ["x", "y"]
 
 
@@ -61,8 +62,8 @@ def test_what_is_missing_is_named(tmp_path):
 
 @pytest.mark.parametrize("mode,colour,expected", [
     ("RGB", (255, 0, 51), (1, 0, .2)), ("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)), ("RGBA", (0, 0, 0, 0), (1, 1, 1)),
-    ("RGBA", (255, 0, 0, 255), (1, 0, 0)), ("LA", (0, 0), (1, 1, 1)), ("P", 3, None), ("CMYK", (0, 255, 255, 0), (1, 0, 0)),
-    ("I;16", 32768, (.5, .5, .5))])
+    ("RGBA", (255, 0, 0, 255), (1, 0, 0)), ("LA", (0, 0), (1, 1, 1)), ("P", 3, None),
+    ("CMYK", (0, 255, 255, 0), (1, 0, 0)), ("I;16", 32768, (.5, .5, .5))])
 def test_every_mode(tmp_path, mode, colour, expected):
     path = tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}"
     image = Image.new(mode, (5, 3), colour)
@@ -86,7 +87,8 @@ def test_orientation_palette_transparency_and_animation(tmp_path):
     p.putpalette([9, 9, 9, 200, 0, 0])
     p.save(tmp_path / "clear.gif", transparency=1)
     assert data.open_image(tmp_path / "clear.gif").min() == 1   # transparent: white
-    Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (2, 2))])
+    black = Image.new("RGB", (2, 2))
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[black])
     assert data.open_image(tmp_path / "moving.gif")[0].min() > .99
 
 

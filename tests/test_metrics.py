@@ -1,4 +1,4 @@
-"""Scores against pycocoevalcap's and gensim's own (golden files), encoders against the libraries' processors and poolings."""
+"""Scores against pycocoevalcap's and gensim's golden ones, encoders against the library's processors and poolings."""
 import json
 import math
 from pathlib import Path
@@ -45,13 +45,13 @@ def test_cider_of_invented_captions():
 
 
 @pytest.mark.parametrize("name,value", [("coco500", .916986), ("fakecap251", .566958)])
-def test_cider_is_pycocoevalcaps(shared, name, value):
-    tokens, scores = golden(shared, f"{name}_ptb_tokens.json"), golden(shared, f"{name}_scores.json")
-    ours = metrics.cider([x["candidate"] for x in tokens], [x["references"] for x in tokens])
-    assert ours == pytest.approx(scores["per_image"]["CIDEr"], abs=1e-9)
-    raw = golden(shared, f"{name}_input.json")
+def test_cider_is_pycocoevalcaps(shared, monkeypatch, name, value):
+    raw, tokens = golden(shared, f"{name}_input.json"), golden(shared, f"{name}_ptb_tokens.json")
     whole = metrics.cider([x["candidate"] for x in raw], [x["references"] for x in raw])
     assert whole.mean() == pytest.approx(value, abs=5e-4)
+    monkeypatch.setattr(metrics, "tokenize", str.split)         # the jar's tokens, taken as they are
+    ours = metrics.cider([x["candidate"] for x in tokens], [x["references"] for x in tokens])
+    assert ours == pytest.approx(golden(shared, f"{name}_scores.json")["per_image"]["CIDEr"], abs=1e-9)
 
 
 def test_without_a_tokenizer_cider_is_another_number(shared, monkeypatch):
@@ -62,11 +62,12 @@ def test_without_a_tokenizer_cider_is_another_number(shared, monkeypatch):
 
 def test_cider_of_pairs_with_a_document_frequency(shared):
     references = json.loads((shared / "data/captions/coco_karpathy_test.json").read_text())
-    df = metrics.document_frequency([row["caption"] for row in references])
+    df = metrics.document_frequency([row["caption"][1:] for row in references])         # caption 0 is the candidate
     pairs = golden(shared, "cider_df_single_reference.json")["pairs"]
     ours = metrics.cider([a for a, _, _ in pairs], [[b] for _, b, _ in pairs], df)
-    close = np.abs(ours - [c for _, _, c in pairs]) < 2e-3      # the golden df is of the jar's tokens, ours of our own
-    assert close.mean() > .99
+    close = np.abs(ours - [c for _, _, c in pairs]) < 1e-3      # the golden df is of the jar's tokens, ours of our own
+    assert close.mean() > .95
+    print(np.abs(ours - [c for _, _, c in pairs]).max())
 
 
 def test_wmd_is_gensims(shared):
@@ -85,7 +86,8 @@ def test_wmd_by_hand(tmp_path):
     # half of "dog" stays, half goes to "cat" (sqrt 2); unknown words are dropped
     assert metrics.wmd(["dog"], ["dog", "cat", "bus"], v) == pytest.approx(math.sqrt(2) / 2)
     assert math.isnan(metrics.wmd(["bus"], ["dog"], v))
-    scores = metrics.likenesses(["wmd"], "text", glove=tmp_path / "glove.txt").pairs["wmd"](["a dog"] * 2, ["the dog", "a car"])
+    likeness = metrics.likenesses(["wmd"], "text", glove=tmp_path / "glove.txt").pairs["wmd"]
+    scores = likeness(["a dog"] * 2, ["the dog", "a car"])
     assert scores[0] == 0 and scores[1] == pytest.approx(-2)
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="bad.txt"):
@@ -146,7 +148,8 @@ def test_judges_know_their_world(encoders, scenes, images):
     own = encoders["clip"].score(images, captions)
     assert own.mean() > encoders["clip"].score(images, captions[1:] + captions[:1]).mean() + .2
     two = [world.captions(s)[1] for s in scenes]
-    assert encoders["sbert"].alike("text", captions, two).mean() > encoders["sbert"].alike("text", captions, two[::-1]).mean()
+    alike = encoders["sbert"].alike
+    assert alike("text", captions, two).mean() > alike("text", captions, two[::-1]).mean()
 
 
 def test_likeness_by_name(images):
@@ -161,6 +164,30 @@ def test_likeness_by_name(images):
     assert list(text.pairs) == ["clip", "sbert", "cider"] and "--glove" in text.absent["wmd"]
     for f in text.pairs.values():
         assert np.argmax(f(["a red ball", "a huge blue ring at night"], ["a huge blue ring at night"] * 2)) == 1
+
+
+def test_inception_through_torch_fidelity(monkeypatch, images):
+    """With a stand-in of its extractor: bytes go in, the cosine of the features comes out. Without it, a remedy."""
+    import sys
+    import types
+    assert "pip install torch-fidelity" in metrics.likenesses(["inception"], "image").absent["inception"]
+
+    class Extractor(torch.nn.Module):
+        def __init__(self, name, features):
+            super().__init__()
+            assert features == ["2048"]
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.max() > 1
+            return (x.float().mean((2, 3)),)                    # a picture's mean colour
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Extractor
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    likeness = metrics.likenesses(["inception"], "image").pairs["inception"]
+    mean = (images * 255).round().mean((2, 3)).double()
+    expected = torch.cosine_similarity(mean, mean[:1])
+    assert np.allclose(likeness(images, images[:1]), expected, atol=1e-5)
 
 
 def test_what_is_absent_costs_a_line(tmp_path):

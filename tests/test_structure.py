@@ -1,4 +1,4 @@
-"""The house rules: rooms import no sibling and are free to import, scripts are imported by nobody, flags survive torchrun."""
+"""The house rules: rooms import no sibling and are free to import, scripts are imported by nobody, flags survive."""
 import ast
 import re
 import subprocess
