@@ -90,9 +90,9 @@ def cider(candidates, references, df=None):
     return np.array([sum(pair(c, r) for r in rows) / max(1, len(rows)) for c, rows in zip(candidates, references)])
 
 
-STOP = frozenset("a an the of on in at to and or is are was were be been being with by for from as it its this that "
-                 "these those there here he she they his her their them i we you my your our up down out into over under some"
-                 .split())
+STOP = frozenset(
+    "a an the of on in at to and or is are was were be been being with by for from as it its this that these those "
+    "there here he she they his her their them i we you my your our up down out into over under some".split())
 
 
 def word_vectors(path, words):

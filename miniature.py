@@ -24,7 +24,7 @@ PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", 
 PROMPT = "a picture of "                     # BLIP's, in training and in use
 STEPS = {"reader": 3000, "vae": 1500, "unet": 9000, "blip": 4000, "clip": 2000, "dino": 1500, "sbert": 1200}
 POOL = {"all": 80_000, "train": 60_000}
-SHIPPED = {"val": 150, "test": 200, "near": 200, "out": 200}
+SHIPPED = {"val": 100, "test": 150, "near": 150, "out": 150}
 NORM = {"blip": ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]), "dino": ([.5] * 3, [.5] * 3)}
 NORM["clip"] = NORM["blip"]
 
@@ -384,7 +384,7 @@ def make_clip(out, work, steps):
         text_config={**shape, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "max_position_embeddings": 24,
                      "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                      "pad_token_id": tokenizer.pad_token_id},
-        vision_config={**shape, "num_hidden_layers": 4, "image_size": 32, "patch_size": 4}, projection_dim=64))
+        vision_config={**shape, "num_hidden_layers": 3, "image_size": 32, "patch_size": 4}, projection_dim=64))
     head = dense_head(96)
 
     def loss(step):
@@ -415,7 +415,7 @@ def make_dino(out, work, steps):
     from safetensors.torch import load_file, save_file
     if not path.exists():
         views = []
-        for i in range(20_000):
+        for i in range(min(20_000, len(images))):
             scene, rng = world.sample("all", i), np.random.default_rng([13, i])
             scene["seed"] = [*scene["seed"], 13]
             for o in scene["objects"]:
@@ -423,7 +423,7 @@ def make_dino(out, work, steps):
             views.append(world.draw(scene))
         save_file({"views": torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()}, path)
     views = load_file(path)["views"]
-    model = ViTModel(ViTConfig(hidden_size=96, intermediate_size=288, num_hidden_layers=4, num_attention_heads=4,
+    model = ViTModel(ViTConfig(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
                                image_size=32, patch_size=4), add_pooling_layer=False)
     head = dense_head(96)
     expand = torch.nn.Sequential(torch.nn.Linear(96, 256), torch.nn.GELU(), torch.nn.Linear(256, 256))

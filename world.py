@@ -279,8 +279,8 @@ def reader(weights=None):
 
     def conv(i, o, stride=1):
         return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
-    model = nn.Sequential(conv(3, 32), conv(32, 64, 2), conv(64, 96), conv(96, 128, 2), conv(128, 128), conv(128, 128),
-                          conv(128, 128), nn.Conv2d(128, sum(HEADS), 1))
+    model = nn.Sequential(conv(3, 24), conv(24, 40, 2), conv(40, 64), conv(64, 80, 2), conv(80, 80), conv(80, 80),
+                          nn.Conv2d(80, sum(HEADS), 1))
     if weights is not None:
         from safetensors.torch import load_file
         model.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
