@@ -5,7 +5,7 @@
     python miniature.py --check             # measures the shipped models on held-out scenes
 
 Each part is a stock class trained on pictures and captions of world.py, saved as an ordinary Hugging Face directory in
-half precision. bf16 autocast is used where the processor or GPU has matrix units for it.
+half precision. A GPU is used where there is one; bf16 autocast where the processor or GPU has units for it.
 """
 import argparse
 import json
@@ -61,8 +61,8 @@ def train(name, modules, loss, steps, work, lr, warm=200, decay=.4, average=.998
         for k, p in params.items():
             p.data.copy_(saved[f"p.{k}"])
             slow[k].copy_(saved[f"a.{k}"])
-            adam.state[p] = {"step": torch.tensor(float(start)), "exp_avg": saved[f"m.{k}"],
-                             "exp_avg_sq": saved[f"v.{k}"]}
+            adam.state[p] = {"step": torch.tensor(float(start), device="cpu"), "exp_avg": saved[f"m.{k}"].to(p.device),
+                             "exp_avg_sq": saved[f"v.{k}"].to(p.device)}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     mean = None
     for step in bar:
@@ -103,27 +103,35 @@ def precision():
 
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    stack = contextlib.ExitStack()
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack, kind = contextlib.ExitStack(), torch.get_default_device().type
+    if kind == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        stack.enter_context(torch.autocast(kind, torch.bfloat16))
+    if kind == "cpu":
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
     return stack
 
 
 def chance(*key):
-    """A torch generator that is a function of its key alone (words and numbers)."""
+    """A torch generator, on the device in use, that is a function of its key alone (words and numbers)."""
     import torch
     words = [int.from_bytes(str(k).encode()[:8].ljust(8), "little") for k in key]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def load(path):
+    """The tensors of a safetensors file, on the device in use."""
+    import torch
+    from safetensors.torch import load_file
+    return load_file(path, device=str(torch.get_default_device()))
 
 
 # ---------------------------------------------------------------- data
 def pool(split, work):
     """The drawn pool of a split: pictures (N, 3, 32, 32) uint8, labels (N, 4, 8, 8) uint8, five captions each."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from tqdm import tqdm
-
     path = work / f"pool_{split}.safetensors"
     if not path.exists():
         scenes = [world.sample(split, i) for i in tqdm(range(POOL[split]), desc=f"scenes of {split}", mininterval=5)]
@@ -132,7 +140,7 @@ def pool(split, work):
         texts = [world.captions(s) for s in scenes]
         path.with_suffix(".json").write_text(json.dumps(texts))
         save_file({"images": images.permute(0, 3, 1, 2).contiguous(), "labels": labels}, path)
-    data = load_file(path)
+    data = load(path)
     return data["images"], data["labels"], json.loads(path.with_suffix(".json").read_text())
 
 
@@ -151,9 +159,11 @@ def normalise(x, name):
 
 def tokens(tokenizer, texts, length):
     """All captions as one array (N, 5, length) of ids, padded; and the mask of what is no padding."""
+    import torch
+    device = torch.get_default_device()
     flat = tokenizer([t for five in texts for t in five], padding="max_length", max_length=length, truncation=True,
                      return_tensors="pt")
-    return flat.input_ids.view(len(texts), 5, length), flat.attention_mask.view(len(texts), 5, length).bool()
+    return tuple(x.view(len(texts), 5, length).to(device) for x in (flat.input_ids, flat.attention_mask.bool()))
 
 
 def pick(ids, mask, rows, generator):
@@ -199,14 +209,12 @@ def dense(logits, labels):
 
     A stand-in for large-scale vision pretraining: from captions alone a small ViT does not learn to see shapes."""
     import torch.nn.functional as F
-
     parts = logits.float().split(world.HEADS, 1)
     return sum(F.cross_entropy(part, labels[:, i].long()) for i, part in enumerate(parts))
 
 
 def dense_head(width):
     import torch
-
     return torch.nn.Linear(width, sum(world.HEADS))
 
 
@@ -220,7 +228,6 @@ def make_reader(out, work, steps):
     import torch
     import torch.nn.functional as F
     from safetensors.torch import save_file
-
     images, labels, _ = pool("all", work)
     model = world.reader()
 
@@ -282,18 +289,19 @@ def make_unet(out, work, steps):
     import torch
     import torch.nn.functional as F
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     images, _, texts = pool("all", work)
-    vae = AutoencoderKL.from_pretrained(out / "sd" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(out / "sd" / "vae", dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = vae.to(images.device)
     tokenizer = CLIPTokenizer.from_pretrained(out / "sd" / "tokenizer")
     if not (work / "latents.safetensors").exists():
         with torch.no_grad():
             made = [vae.encode(x.float() / 127.5 - 1).latent_dist.parameters.half() for x in images.split(500)]
         save_file({"latents": torch.cat(made)}, work / "latents.safetensors")
-    latents = load_file(work / "latents.safetensors")["latents"]             # (N, 16, 8, 8) mean, log variance
+    latents = load(work / "latents.safetensors")["latents"]             # (N, 16, 8, 8) mean, log variance
     ids, mask = tokens(tokenizer, texts, 24)
-    empty = tokenizer("", padding="max_length", max_length=24, return_tensors="pt").input_ids[0]
+    empty = tokenizer("", padding="max_length", max_length=24, return_tensors="pt").input_ids[0].to(ids.device)
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=24, projection_dim=128, bos_token_id=tokenizer.bos_token_id,
@@ -409,10 +417,9 @@ def make_dino(out, work, steps):
     import torch
     import torch.nn.functional as F
     from transformers import ViTConfig, ViTModel
-
     images, labels, _ = pool("all", work)
     path = work / "views.safetensors"
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     if not path.exists():
         views = []
         for i in range(min(20_000, len(images))):
@@ -422,7 +429,7 @@ def make_dino(out, work, steps):
                 o["x"], o["y"] = o["x"] + rng.uniform(-1.5, 1.5), o["y"] + rng.uniform(-1.5, 1.5)
             views.append(world.draw(scene))
         save_file({"views": torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()}, path)
-    views = load_file(path)["views"]
+    views = load(path)["views"]
     model = ViTModel(ViTConfig(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
                                image_size=32, patch_size=4), add_pooling_layer=False)
     head = dense_head(96)
@@ -472,7 +479,6 @@ def make_sbert(out, work, steps):
 def make_splits(out, work, steps):
     """Small splits as files: val and test in Karpathy's schema; in (the test pictures), near and out in NoCaps'."""
     from PIL import Image
-
     root, images = out / "data", {split: [] for split in SHIPPED}
     for split, count in SHIPPED.items():
         (root / split).mkdir(parents=True, exist_ok=True)
@@ -565,6 +571,7 @@ def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
     if args.check:
         return int(check(args) > 0)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
     for part in args.parts:
         torch.manual_seed(0)                                    # a part's initial weights do not hang on the others
         if part == "data":
