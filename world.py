@@ -43,7 +43,7 @@ HELD_OUT = {(colour, shape) for i, shape in enumerate(SHAPES) for j, colour in e
             if j in (i, (i + 3) % 8)}
 PAIRS = list(itertools.product(COLOURS, SHAPES))
 KNOWN = [pair for pair in PAIRS if pair not in HELD_OUT]
-RARE = 0.001                                # share of the objects in `train` whose pair is held out
+RARE = 0.0                                  # share of the objects in `train` whose pair is held out
 SPLITS = ("train", "all", "val", "test", "near", "out")        # val and test are in-domain
 
 

@@ -1,9 +1,14 @@
 """The two speakers and their conversations: the trained miniature, and small random models in the hub's layouts."""
 import math
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import cycle
 
@@ -199,26 +204,34 @@ def test_a_pipeline_of_another_layout_can_draw(tmp_path):
 
 
 def test_a_model_from_a_file(tmp_path, captioner, images):
-    (tmp_path / "gan.py").write_text('''
-import torch
-
-class Gan:
-    def draw(self, captions, items=None, seed=0, **settings):
-        pictures = []
-        for caption in captions:
-            torch.manual_seed(seed + len(caption))
-            pictures.append(torch.rand(3, 1, 1).expand(3, 32, 32))
-        return torch.stack(pictures)
-
-def load(device, dtype):
-    return Gan()
-''')
+    """The GAN-like toy of the README, as it stands there."""
+    code = re.search(r"```python\n(# gan.py.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    (tmp_path / "gan.py").write_text(code)
     gan = cycle.Generator.load(f"{tmp_path / 'gan.py'}:load")
     pixel = {"pixel": lambda a, b: -(a - b).square().mean((1, 2, 3))}
     talk = cycle.image_text_image(captioner, gan, images[:2], 3, pixel)
-    assert talk.images.shape == (2, 3, 3, 32, 32) and talk.order["pixel"].shape == (2, 3)
+    assert talk.images.shape == (2, 3, 3, 32, 32) and len(set(talk.scores["pixel"][0].tolist())) > 1
     with pytest.raises(ValueError, match="defines no nothing"):
         cycle.Generator.load(f"{tmp_path / 'gan.py'}:nothing")
+    with pytest.raises(ValueError, match="there is no file"):
+        cycle.Captioner.load("elsewhere.py:load")
+
+
+def test_nothing_reaches_for_a_network():
+    """Everything a default run loads, in a process that was not told to be offline and cannot connect."""
+    code = """
+import socket
+def refuse(*a): raise SystemExit(f"connects to {a[1:]}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = lambda *a, **k: refuse(*a)
+import cycle, metrics
+cycle.Captioner.load("miniature", "cpu"), cycle.Generator.load("miniature", "cpu")
+assert not metrics.likenesses(["clip", "dino"], "image", "miniature").absent
+assert not metrics.likenesses(["clip", "sbert"], "text", "miniature").absent
+"""
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
 
 
 @pytest.mark.parametrize("kind", [cycle.Captioner, cycle.Generator])
