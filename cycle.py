@@ -357,6 +357,8 @@ class Generator:
         pipe.set_progress_bar_config(disable=True)
         if hasattr(pipe, "safety_checker"):
             pipe.safety_checker = None                       # a picture it blackened could not be compared
+        if getattr(pipe, "vae", None) is not None:
+            pipe.vae.enable_slicing()                        # picture by picture: the decoder is the peak of memory
         self.pipe, self.device = pipe, pipe.device
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):

@@ -22,7 +22,7 @@ import world
 HERE = Path(__file__).resolve().parent
 PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert", "splits")
 PROMPT = "a picture of "                     # BLIP's, in training and in use
-STEPS = {"reader": 3000, "vae": 1500, "unet": 9000, "blip": 3000, "clip": 1500, "dino": 1000, "sbert": 1200}
+STEPS = {"reader": 3000, "vae": 1500, "unet": 9000, "blip": 1500, "clip": 1500, "dino": 1000, "sbert": 1200}
 POOL = {"all": 80_000, "train": 60_000}
 SHIPPED = {"val": 100, "test": 150, "near": 150, "out": 150}
 NORM = {"blip": ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]), "dino": ([.5] * 3, [.5] * 3)}
@@ -331,11 +331,8 @@ def make_unet(out, work, steps):
 
 # ---------------------------------------------------------------- the captioner
 def make_blip(out, work, steps):
-    import torch
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
-    images, _, texts = pool("train", work)
-    others, labels, _ = pool("all", work)
-    seen = pool("train", work)[1]
+    images, labels, texts = pool("train", work)
     tokenizer = BertTokenizer.from_pretrained(out / "blip")
     words = len(tokenizer)
     ids, mask = tokens(tokenizer, [[PROMPT + t for t in five] for five in texts], 24)
@@ -354,14 +351,13 @@ def make_blip(out, work, steps):
     def loss(step):
         g = chance("blip", step)
         rows, x = batch(images, g, 48)
-        more, y = batch(others, g, 24)
-        vision = model.vision_model(normalise(torch.cat([x, y]), "blip")).last_hidden_state       # (72, 65, 128)
+        vision = model.vision_model(normalise(x, "blip")).last_hidden_state                       # (48, 65, 128)
         i, m = pick(ids, mask, rows, g)
         targets = i.masked_fill(~m, -100)
         targets[:, :prompt] = -100
-        said = model.text_decoder(input_ids=i, attention_mask=m.long(), encoder_hidden_states=vision[:48],
+        said = model.text_decoder(input_ids=i, attention_mask=m.long(), encoder_hidden_states=vision,
                                   labels=targets)
-        return said.loss.mean() + .3 * dense(cells(head, vision[:, 1:]), torch.cat([seen[rows], labels[more]]))
+        return said.loss.mean() + .3 * dense(cells(head, vision[:, 1:]), labels[rows])
     train("blip", [model, head], loss, steps, work, 1e-3)
     model.half().save_pretrained(out / "blip")
     preprocessor(out / "blip", "blip", "BlipImageProcessor", {"height": 32, "width": 32}, "BlipProcessor")

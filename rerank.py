@@ -39,7 +39,7 @@ def flags(argv=None):
     p.add_argument("--judges", help="miniature, hub, or a folder with clip, dino, sbert; follows --captioner")
     p.add_argument("--glove", help="GloVe text file for wmd")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
-    p.add_argument("--batch", type=int, default=40, help="pictures drawn at once: memory and speed, not the result")
+    p.add_argument("--batch", type=int, help="pictures drawn at once (memory, speed); default 40, or 10 of real models")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="float32, float16 or bfloat16; default by device")
     p.add_argument("--out", type=Path, default=Path("out/rerank"), help="folder for what comes out")
@@ -47,6 +47,7 @@ def flags(argv=None):
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
     args.judges = args.judges or ("miniature" if small else "hub")
+    args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
     if args.n < 1 or args.steps < 1 or args.batch < 1:
         p.error("--n, --steps and --batch are at least 1")

@@ -3,7 +3,7 @@
 A scene is one or two objects (shape, colour, size, place) on a ground. From a seed it is drawn as a 32 x 32 picture
 and described by five captions that each state other facts; `facts` reads a caption back, so that "how much of what a
 caption states is true" is counted, not judged. Twelve of the 48 colour-shape pairs are held out, as NoCaps holds out
-object classes: a captioner trained on `train` met them rarely, a generator trained on `all` as often as others.
+object classes: a captioner trained on `train` never met them, a generator trained on `all` as often as others.
 
     scene = sample("test", 7)           # the eighth scene of the test split: a function of (split, index) alone
     image = draw(scene)                 # (32, 32, 3) uint8
@@ -43,7 +43,7 @@ HELD_OUT = {(colour, shape) for i, shape in enumerate(SHAPES) for j, colour in e
             if j in (i, (i + 3) % 8)}
 PAIRS = list(itertools.product(COLOURS, SHAPES))
 KNOWN = [pair for pair in PAIRS if pair not in HELD_OUT]
-RARE = 0.0                                  # share of the objects in `train` whose pair is held out
+RARE = 0.0                                  # share of held-out pairs in `train`; .001 already closes most of the gap
 SPLITS = ("train", "all", "val", "test", "near", "out")        # val and test are in-domain
 
 
@@ -51,7 +51,7 @@ SPLITS = ("train", "all", "val", "test", "near", "out")        # val and test ar
 def sample(split, index):
     """Scene `index` of `split`: {"objects": [{shape, colour, size, x, y}], "ground", "seed"}; x, y, in pixels.
 
-    train: held-out pairs are rare; all: every pair alike; val, test: no held-out pair; near: two objects, exactly one
+    train: held-out pairs with probability RARE; all: every pair alike; val, test: no held-out pair; near: two objects, exactly one
     held out; out: held-out pairs only. Raises ValueError for another split.
     """
     if split not in SPLITS:
