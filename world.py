@@ -51,8 +51,8 @@ SPLITS = ("train", "all", "val", "test", "near", "out")        # val and test ar
 def sample(split, index):
     """Scene `index` of `split`: {"objects": [{shape, colour, size, x, y}], "ground", "seed"}; x, y, in pixels.
 
-    train: held-out pairs with probability RARE; all: every pair alike; val, test: no held-out pair; near: two objects, exactly one
-    held out; out: held-out pairs only. Raises ValueError for another split.
+    train: held-out pairs with probability RARE; all: every pair alike; val, test: no held-out pair; near: two objects,
+    exactly one held out; out: held-out pairs only. Raises ValueError for another split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the miniature world: choose one of {', '.join(SPLITS)}")
