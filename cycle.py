@@ -124,9 +124,11 @@ def brought(name, *args):
 @contextlib.contextmanager
 def loading(name, kind):
     """Turns the libraries' many ways to fail into one line that names the model and the remedy."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()                                # it reports each of many retries; the last error is enough
     try:
         yield
     except (OSError, KeyError, RuntimeError, ImportError) as e:

@@ -213,9 +213,11 @@ class Encoder:
     def __init__(self, name, place, towers, device="cpu"):
         """name: clip, dino, sbert; place: directory or hub id; towers: what to encode, "image", "text" or both."""
         import transformers
+        from huggingface_hub.utils import logging as hub
         from transformers.utils import cached_file, logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+        hub.set_verbosity_error()
         local = {"local_files_only": True} if Path(place).is_dir() else {}
         if not local and (place.count("/") != 1 or place[0] in "./"):
             raise OSError("no such directory")
