@@ -12,8 +12,8 @@ test: .venv/ready
 	@.venv/bin/python -m pytest -q tests
 
 check: .venv/ready
-	@echo "parley: is the shipped miniature good enough to mean something (about four minutes on two cores)"
-	@.venv/bin/python miniature.py --check --threads 2 --scenes 200
+	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
+	@.venv/bin/python miniature.py --check --threads 2 --scenes 300
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"

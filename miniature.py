@@ -22,7 +22,7 @@ import world
 HERE = Path(__file__).resolve().parent
 PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert", "splits")
 PROMPT = "a picture of "                     # BLIP's, in training and in use
-STEPS = {"reader": 3000, "vae": 1500, "unet": 9000, "blip": 1500, "clip": 1500, "dino": 1000, "sbert": 1200}
+STEPS = {"reader": 3000, "vae": 1500, "unet": 16000, "blip": 1500, "clip": 1500, "dino": 1000, "sbert": 1200}
 POOL = {"all": 80_000, "train": 60_000}
 SHIPPED = {"val": 100, "test": 150, "near": 150, "out": 150}
 NORM = {"blip": ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]), "dino": ([.5] * 3, [.5] * 3)}
