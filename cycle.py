@@ -137,6 +137,48 @@ def loading(name, kind):
                          "weights, or a hub id while the hub can be reached") from e
 
 
+def adopt(checkpoint, captioner=None, generator=None):
+    """Puts the trained weights of a checkpoint of finetune.py (a .safetensors file, or its folder) into the models.
+
+    Its tensors are named captioner.* and generator.*, as in the models' own state. Raises ValueError where they do
+    not fit, and changes nothing then.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    path = Path(checkpoint)
+    path = path / "checkpoint.safetensors" if path.is_dir() else path
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of finetune.py") from e
+    moves = []
+    for side, model in (("captioner", captioner and captioner.model), ("generator", generator and generator.unet)):
+        own = dict(model.named_parameters()) if model is not None else {}
+        for key in [k for k in tensors if model is not None and k.startswith(side + ".")]:
+            name = key.partition(".")[2]
+            if name not in own or own[name].shape != tensors[key].shape:
+                raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this {side}: name the "
+                                 "models it was trained from")
+            moves.append((own[name], tensors[key]))
+    for parameter, value in moves:
+        parameter.data.copy_(value)
+    return len(moves)
+
+
+def tiny_decoder(name, generator):
+    """Latents (B, C, h, w) -> images about [0, 1] by a distilled decoder: an AutoencoderTiny's place, or `tiny` for
+    Stable Diffusion 1.x's (TAESD, madebyollin/taesd). 1/18 of the work of the exact one, for the loss tr."""
+    place, options = resolve(name, {"tiny": "madebyollin/taesd"}, "decoder")
+    with loading(name, "decoder"):
+        from diffusers import AutoencoderTiny
+        vae = AutoencoderTiny.from_pretrained(place, dtype=generator.dtype, low_cpu_mem_usage=False, **options)
+    if vae.config.latent_channels != generator.vae.config.latent_channels:
+        raise ValueError(f"decoder {str(name)!r} reads {vae.config.latent_channels} latent channels, the generator has "
+                         f"{generator.vae.config.latent_channels}")
+    vae = vae.to(generator.device).eval().requires_grad_(False)
+    return lambda latents: vae.decode(latents.to(vae.dtype)).sample / 2 + .5
+
+
 # ---------------------------------------------------------------- the captioner
 @dataclass
 class Reading:
@@ -149,6 +191,7 @@ class Reading:
 
 class Captioner:
     """A BLIP or BLIP-2 (decoder-only) checkpoint that describes images. Weights frozen, in eval mode."""
+    space = ""                                   # between prompt and caption, where a tokenizer keeps spaces
 
     @classmethod
     def load(cls, name="miniature", device=None, dtype=None):
@@ -174,7 +217,7 @@ class Captioner:
 
     def __init__(self, model, tokenizer, processor):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype, self.processor = model.device, model.dtype, processor
         size = processor["size"]
         self.size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
         self.mean, self.std = (torch.tensor(processor[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
@@ -188,11 +231,18 @@ class Captioner:
         self.decoder, self.limit = self.model.text_decoder, text.max_position_embeddings
         self.head = self.decoder.get_output_embeddings()
 
+    def save(self, folder):
+        """As a stock directory: from_pretrained of the model, of AutoTokenizer and of AutoProcessor read it."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(self.processor, indent=2) + "\n")
+
     # pixels and tokens in
     def pixels(self, images):
         """Images as the model sees them: (B, 3, S, S), resized and normalised as the library's processor does, but
         differentiable: values are clamped to [0, 1], gradients pass (a clamp stops them where a picture saturates)."""
-        x = torch.cat([F.interpolate(x[None].to(self.device, torch.float32), self.size, mode="bicubic", antialias=True)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        x = torch.cat([F.interpolate(x[None].to(self.device, wide), self.size, mode="bicubic", antialias=True)
                        for x in images])                                                          # (B, 3, S, S)
         x = x + (x.clamp(0, 1) - x).detach()
         return ((x - self.mean.to(x)) / self.std.to(x)).to(self.dtype)
@@ -217,7 +267,7 @@ class Captioner:
         Captions are cut at the decoder's length. Differentiable with respect to images and weights."""
         states = self.look(images) if states is None else states
         room = self.limit - len(self.prompt) - 1
-        rows = [self.prompt + self.tokenizer(c, add_special_tokens=False).input_ids[:room] + [self.end]
+        rows = [self.prompt + self.tokenizer(self.space + c, add_special_tokens=False).input_ids[:room] + [self.end]
                 for c in captions]
         length, start = max(map(len, rows)), len(self.prompt)
         ids = torch.tensor([r + [self.pad] * (length - len(r)) for r in rows], device=self.device)
@@ -297,6 +347,7 @@ class Captioner:
 
 class Captioner2(Captioner):
     """BLIP-2 with a decoder-only language model: the query tokens' embeddings stand before the prompt."""
+    space = " "
 
     def begin(self):
         if self.model.config.text_config.is_encoder_decoder:
@@ -410,7 +461,7 @@ class Generator:
 
     def decode(self, latents):
         """Latents (B, C, h, w) -> images (B, 3, H, W); about [0, 1], not clamped, so that gradients pass."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample / 2 + .5
+        return self.vae.decode(latents.to(self.dtype) / self.vae.config.scaling_factor).sample / 2 + .5
 
     def states(self, captions):
         """Captions -> text states (B, 77, D); begin, end and padding as the generator was trained."""
