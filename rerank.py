@@ -27,6 +27,7 @@ def flags(argv=None):
     p.add_argument("-n", "--n", type=int, default=10, help="candidates for each input (the paper's N)")
     p.add_argument("--captioner", default="miniature", help="miniature, vitb, vitl, blip2, folder, hub id, file.py:f")
     p.add_argument("--generator", help="miniature, sd14, directory, hub id or file.py:name; follows --captioner")
+    p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder: the trained weights go into both")
     p.add_argument("--data", help="a set to take inputs and references from if none are given; default miniature")
     p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
     p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
@@ -96,7 +97,8 @@ def gather(args, data):
 # ---------------------------------------------------------------- what is kept
 def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
-    keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype")
+    keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
+            "ckpt")
     settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
     path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
     before = json.loads(path.read_text()) if path.exists() else settings
@@ -291,6 +293,8 @@ def main(args):
     if mine:
         captioner = cycle.Captioner.load(args.captioner, args.device, args.dtype)
         generator = cycle.Generator.load(args.generator, args.device, args.dtype)
+        if args.ckpt:
+            cycle.adopt(args.ckpt, captioner, generator)
     skipped, chunk = [], max(1, args.batch // args.n)
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):

@@ -1,0 +1,269 @@
+"""The training script, run in process on the miniature: the same training however it is cut, and nothing lost."""
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import cycle
+import data
+import finetune
+import losses
+import rerank
+
+QUICK = ["--batch", "4", "--probe", "0", "--every", "100", "--lr", "1e-3", "--device", "cpu"]
+
+
+def run(out, *argv):
+    """Runs the script; its checkpoint's tensors."""
+    code = finetune.main(finetune.flags([*QUICK, "--out", str(out), *map(str, argv)]))
+    assert code == 0
+    return load_file(out / "checkpoint.safetensors")
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b, within=0.0):
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a) <= within
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four undisturbed steps: the reference of all that must come out the same."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(out, "--steps", 4)
+
+
+# ---------------------------------------------------------------- the same training
+def test_a_step_moves_the_queries_of_both_sides(whole, captioner, generator):
+    out, tensors = whole
+    assert [sum(k.startswith(x) for k in tensors) for x in ("captioner.", "generator.")] == [4, 7]
+    for side, model in (("captioner", captioner.model), ("generator", generator.unet)):
+        own = dict(model.named_parameters())
+        moved = {k: v for k, v in tensors.items() if k.startswith(side)}
+        assert all(".crossattention.self.query." in k or ".attn2.to_q." in k for k in moved)
+        assert all((v - own[k.partition(".")[2]]).abs().max() > 1e-4 for k, v in moved.items() if k.endswith("weight"))
+    rows = log(out)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(r[k] > 0 for r in rows for k in losses.NAMES)
+    about = json.loads((out / "checkpoint.json").read_text())
+    assert about["step"] == 4 and about["settings"]["losses"] == list(losses.NAMES) and "torch" in about["versions"]
+
+
+def test_a_resumed_run_is_the_whole_run(whole, tmp_path):
+    run(tmp_path, "--steps", 2)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 3}\n{"st')                            # what a kill between two checkpoints leaves
+    assert same(run(tmp_path, "--resume", "--steps", 4), whole[1])
+    strip = [{k: r[k] for k in (*losses.NAMES, "norm")} for r in log(tmp_path)]
+    assert strip == [{k: r[k] for k in (*losses.NAMES, "norm")} for r in log(whole[0])]
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory):
+    """Three steps in float64: what Adam makes of the rounding of a gradient near 0 is no fault of ours."""
+    out = tmp_path_factory.mktemp("double")
+    return out, run(out, "--steps", 3, "--dtype", "float64")
+
+
+def test_micro_batches_and_chunks_change_nothing(double, tmp_path):
+    assert same(run(tmp_path, "--steps", 3, "--dtype", "float64", "--micro", 1, "--chunk", 2), double[1], 1e-12)
+
+
+def test_the_cache_changes_nothing(tmp_path):
+    kept = [*("--data", ROOT / "miniature/data", "--split", "val", "--steps", 2)]
+    fresh = run(tmp_path / "fresh", *kept)
+    for name in ("made", "read"):                               # the second run finds the folder filled
+        assert same(run(tmp_path / name, *kept, "--cache", tmp_path / "latents"), fresh)
+    assert len(list((tmp_path / "latents").iterdir())) == 1
+    with pytest.raises(ValueError, match="was made of .*choose another folder"):
+        run(tmp_path / "other", *kept[:2], "--split", "test", "--steps", 1, "--cache", tmp_path / "latents")
+
+
+def test_two_processes_train_as_one(double, tmp_path):
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                          str(ROOT / "finetune.py"), *QUICK, "--steps", "3", "--out", str(tmp_path),
+                          "--dtype", "float64"], capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert same(load_file(tmp_path / "checkpoint.safetensors"), double[1], 1e-12)
+    assert [r["tg"] for r in log(tmp_path)] == pytest.approx([r["tg"] for r in log(double[0])], rel=1e-6)
+
+
+# ---------------------------------------------------------------- nothing lost
+def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
+    joint, calls = losses.joint, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return joint(*args)
+    monkeypatch.setattr(losses, "joint", interrupted)
+    args = finetune.flags([*QUICK, "--out", str(tmp_path), "--steps", "4"])
+    assert finetune.main(args) == 130 and finetune.header(tmp_path)["step"] == 2
+    assert same(run(tmp_path, "--resume"), whole[1])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_broken_number_stops_and_keeps_the_last_good(tmp_path, monkeypatch):
+    run(tmp_path, "--steps", 1)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    joint = losses.joint
+
+    def broken(*args):
+        total, each = joint(*args)
+        return total * float("nan"), each
+    monkeypatch.setattr(losses, "joint", broken)
+    with pytest.raises(ValueError, match="step 2: norm is not finite.* keeps step 1"):
+        run(tmp_path, "--resume", "--steps", 3)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing_older(tmp_path, monkeypatch):
+    import safetensors.torch
+    run(tmp_path, "--steps", 1)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ValueError, match="step 2 could not be saved .*No space left.* is whole"):
+        run(tmp_path, "--resume", "--steps", 2)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before and not list(tmp_path.glob("*.new"))
+
+
+def test_what_cannot_be_is_told(whole, tmp_path, capsys):
+    out = whole[0]
+    for match, argv in {"--resume goes on": ("--steps", 4),
+                        "was trained otherwise .*lr was 0.001, is 0.5": ("--resume", "--lr", 0.5),
+                        "bridge was anchored": ("--resume", "--bridge", "plain")}.items():
+        with pytest.raises(ValueError, match=match):
+            run(out, *argv)
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        run(tmp_path / "nowhere", "--resume")
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        run(tmp_path, "--losses", "tg", "--unfreeze", "none", "q", "--steps", 1)
+    (tmp_path / "cut.safetensors").write_bytes((out / "checkpoint.safetensors").read_bytes()[:99])
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        cycle.adopt(tmp_path / "cut.safetensors")
+    for argv in (["--weights", "1", "2"], ["--captioner", "vitb"], ["--batch", "0"]):
+        with pytest.raises(SystemExit):
+            finetune.flags(argv)
+        assert len(capsys.readouterr().err.splitlines()[-1]) > 40
+
+
+# ---------------------------------------------------------------- settings
+def test_losses_reach_only_their_own_side(tmp_path):
+    for name, side in (("tg", "captioner"), ("ig", "generator")):
+        keys = run(tmp_path / name, "--losses", name, "--steps", 1).keys()
+        assert keys and {k.removeprefix("adam.exp_avg.").removeprefix("adam.exp_avg_sq.").split(".")[0]
+                         for k in keys} == {side}
+
+
+@pytest.mark.parametrize("which, parts", [(["kv", "none"], {"key", "value"}),
+                                          (["none", "qkv"], {"to_q", "to_k", "to_v"})])
+def test_unfreeze(which, parts, tmp_path):
+    keys = run(tmp_path, "--unfreeze", *which, "--steps", 1, "--bridge", "word").keys()
+    assert {k.split(".")[-2] for k in keys} == parts
+
+
+def test_half_precision_trains_in_float32(tmp_path):
+    """Frozen weights in bfloat16; what is trained, its moments and the losses stay wide, and come out near."""
+    tensors = run(tmp_path / "half", "--steps", 2, "--dtype", "bfloat16", "--checkpointing")
+    assert {v.dtype for v in tensors.values()} == {torch.float32}
+    run(tmp_path / "wide", "--steps", 2)
+    for a, b in zip(log(tmp_path / "half"), log(tmp_path / "wide")):
+        assert [a[k] for k in losses.NAMES] == pytest.approx([b[k] for k in losses.NAMES], rel=.1)
+
+
+def test_checkpointing_changes_nothing(whole, tmp_path):
+    assert same(run(tmp_path, "--steps", 4, "--checkpointing"), whole[1], 1e-6)
+
+
+def test_thin_tmax_and_probe(tmp_path):
+    run(tmp_path, "--steps", 6, "--thin", 4, "--tmax", 500, "--probe", 3, "--weights", 1, 1, 1, 2)
+    rows = log(tmp_path)
+    assert [r["tr"] is None for r in rows].count(True) >= 2 and any(r["tr"] for r in rows)
+    assert [r["step"] for r in rows if "norm_ir" in r] == [1, 4]
+    first = rows[0]
+    assert first["norm_tg"]["captioner"] > 0 == first["norm_tg"]["generator"] and first["norm_ir"]["captioner"] > 0
+
+
+def test_a_tiny_decoder_takes_the_exact_ones_place(whole, tmp_path):
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    tiny = {"latent_channels": 8, "encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8),
+            "num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    AutoencoderTiny(**tiny).save_pretrained(tmp_path / "tiny")
+    run(tmp_path / "out", "--steps", 1, "--decoder", tmp_path / "tiny")
+    ours, exact = log(tmp_path / "out")[0], log(whole[0])[0]
+    assert ours["ig"] == pytest.approx(exact["ig"]) and ours["tr"] > exact["tr"] + .5       # random: it draws mud
+    AutoencoderTiny(**tiny | {"latent_channels": 4}).save_pretrained(tmp_path / "four")
+    with pytest.raises(ValueError, match="4 latent channels, the generator has 8"):
+        run(tmp_path / "no", "--steps", 1, "--decoder", tmp_path / "four")
+
+
+def test_a_blip2_trains_its_query_tokens_and_nothing_else(blip2, tmp_path, monkeypatch):
+    kept, load = [], cycle.Captioner.load
+    monkeypatch.setattr(cycle.Captioner, "load", lambda *a: kept.append(load(*a)) or kept[-1])
+    tensors = run(tmp_path, "--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1)
+    assert [k for k in tensors if k.startswith("captioner.")] == ["captioner.query_tokens"]
+    before, after = load(blip2, "cpu").model.state_dict(), kept[0].model.state_dict()
+    assert [k for k in before if not torch.equal(before[k], after[k])] == ["query_tokens"]
+    assert all(log(tmp_path)[0][k] > 0 for k in losses.NAMES)
+    with pytest.raises(ValueError, match="query tokens are trained: q or none"):
+        run(tmp_path / "kv", "--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1,
+            "--unfreeze", "kv", "q")
+
+
+def test_pictures_of_a_folder_and_a_broken_one(images, tmp_path, capsys):
+    folder = tmp_path / "set"
+    for i in range(5):
+        data.save_image(images[i], folder / f"{i}.png")
+    (folder / "3.png").write_text("no picture")
+    rows = [{"file_name": f"{i}.png", "text": f"a {c} ball"} for i, c in enumerate(("red", "blue", "pink", "green"))]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "out", "--data", folder, "--steps", 3)
+    err = capsys.readouterr().err
+    assert err.count("3.png is not a picture") == 1
+    assert "set/train: 4 pictures" in finetune.header(tmp_path / "out")["data"]
+
+
+# ---------------------------------------------------------------- and after
+def test_the_export_is_stock_and_says_the_same(whole, captioner, tmp_path, images):
+    from diffusers import StableDiffusionPipeline
+    from transformers import AutoProcessor, BlipForConditionalGeneration
+    out = whole[0]
+    assert finetune.main(finetune.flags(["--export", str(tmp_path), "--out", str(out)])) == 0
+    stock = BlipForConditionalGeneration.from_pretrained(tmp_path / "captioner")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "generator", low_cpu_mem_usage=False)
+    assert stock.dtype == pipe.dtype == torch.float32 and AutoProcessor.from_pretrained(tmp_path / "captioner")
+    ours, drawer = cycle.Captioner.load("miniature", "cpu"), cycle.Generator.load("miniature", "cpu")
+    assert cycle.adopt(out, ours, drawer) == 11
+    reading, said = ours.read(images[:2], ["a red ring", "a blue box"]), captioner.read(images[:2], ["a red ring"] * 2)
+    exported = cycle.Captioner.load(tmp_path / "captioner", "cpu").read(images[:2], ["a red ring", "a blue box"])
+    assert torch.equal(reading.hidden, exported.hidden)
+    assert (reading.hidden[0] - said.hidden[0, :reading.hidden.shape[1]]).abs().max() > 1e-3         # it was trained
+    x, t, c = torch.randn(1, 8, 8, 8), torch.tensor([500]), drawer.states(["a red ring"])
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(x, t, c).sample, drawer.predict(x, t, c))
+
+
+def test_rerank_takes_a_checkpoint(whole, tmp_path):
+    argv = ["--limit", "1", "--n", "2", "--steps", "2", "--likeness", "pixel", "--device", "cpu"]
+    rows = []
+    for name, more in (("before", []), ("after", ["--ckpt", str(whole[0])])):
+        assert rerank.main(rerank.flags([*argv, "--out", str(tmp_path / name), *more])) == 0
+        rows.append([json.loads(x) for x in (tmp_path / name / "candidates.jsonl").read_text().splitlines()])
+    assert [r["likelihood"] for r in rows[0]] != [r["likelihood"] for r in rows[1]]
+    with pytest.raises(ValueError, match="ckpt was"):
+        rerank.main(rerank.flags([*argv, "--out", str(tmp_path / "after")]))
