@@ -27,6 +27,7 @@ LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
 TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge", "batch", "lr", "clip",
             "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype")
+PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
 def flags(argv=None):
@@ -57,6 +58,7 @@ def flags(argv=None):
     p.add_argument("--dtype", help="of the frozen weights: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--probe", type=int, default=100, help="steps between gradient norms of each loss; 0 = never")
+    p.add_argument("--held", type=int, default=64, help="val samples whose losses are taken with each checkpoint")
     p.add_argument("--out", type=Path, default=Path("out/finetune"), help="folder for what comes out")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     p.add_argument("--export", type=Path, metavar="DIR", help="no training: write --out's models as stock directories")
@@ -83,14 +85,14 @@ def flags(argv=None):
 class Samples:
     """Pictures with captions, by index; those of the miniature are drawn."""
 
-    def __init__(self, args, data, world):
-        self.data, self.world, self.split, self.bad = data, world, args.split, {}
-        self.drawn = args.data == "miniature" and args.split in ("train", "all")
-        self.items = None if self.drawn else [x for x in data.read(args.data, args.split) if x.captions]
+    def __init__(self, place, split, data, world):
+        self.data, self.world, self.split, self.bad = data, world, split, {}
+        self.drawn = place == "miniature" and split in ("train", "all")
+        self.items = None if self.drawn else [x for x in data.read(place, split) if x.captions]
         if self.items == []:
-            raise ValueError(f"{args.data} has no captions in its {args.split} split: there is nothing to learn from")
+            raise ValueError(f"{place} has no captions in its {split} split: there is nothing to learn from")
         self.count = 20_000 if self.drawn else len(self.items)
-        self.name = f"{args.data}/{args.split}: {self.count} pictures"
+        self.name = f"{place}/{split}: {self.count} pictures"
         if not self.drawn:
             names = json.dumps([[x.name, x.captions] for x in self.items]).encode()
             self.name += f", {hashlib.blake2b(names, digest_size=8).hexdigest()}"
@@ -249,7 +251,8 @@ def save(args, samples, step, trained, adam):
     import transformers
     from safetensors.torch import save_file
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    about = {"step": step, "settings": {k: getattr(args, k) for k in TRAINING}, "data": samples.name,
+    about = {"step": step, "settings": {k: str(v) if isinstance(v, Path) else v
+                                            for k, v in vars(args).items() if k not in PLACES}, "data": samples.name,
              "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
              "commit": git.stdout.strip() or None}
     tensors = dict(trained)
@@ -320,7 +323,7 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the two sides, what is trained of them, and what lies between
-    samples = Samples(args, data, drawn)
+    samples = Samples(args.data, args.split, data, drawn)
     if samples.count < args.batch:
         raise ValueError(f"{samples.name}: less than one --batch of {args.batch}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
@@ -342,6 +345,7 @@ def main(args):
     if args.decoder != "exact" and "tr" in args.losses:
         decode = cycle.tiny_decoder(args.decoder, generator)
     latents = Latents(args.cache, samples, generator, args.generator, rank, world)
+    held, weights = held_out(args, samples, data, drawn), dict(zip(args.losses, args.weights))
     if world > 1:
         dist.barrier()
     start = restore(args, samples, trained, adam) if args.resume else 0
@@ -369,14 +373,36 @@ def main(args):
                 sums[LOSSES.index(name)] += torch.tensor([value.double().sum().item(), len(value)])
         return sums
 
+    def measure():
+        """Mean losses of the held-out samples, under chance that is the same at every step."""
+        sums, kept = dict.fromkeys(args.losses, 0.0), Latents(None, held, generator, args.generator)
+        count = min(args.held, held.count)
+        for i in range(0, count, args.micro or args.batch):
+            rows = range(i, min(i + (args.micro or args.batch), count))
+            batch = collate(rows, -1, args, held, kept, way, captioner, generator, cycle.chance)
+            batch.heard = None
+            with torch.no_grad():
+                each = losses.joint(captioner, generator, cross, batch, weights, args.chunk, True, decode)[1]
+            sums = {name: s + each[name].sum().item() / count for name, s in sums.items()}
+        return sums
+
     try:
-        return train(args, samples, trained, adam, gradients, start, total)
+        return train(args, samples, trained, adam, gradients, measure if held and args.held else None, start, total)
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
-def train(args, samples, trained, adam, gradients, start, total):
+def held_out(args, samples, data, drawn):
+    """The val split of --data; None where it has none apart from what is trained on."""
+    try:
+        held = Samples(args.data, "val", data, drawn)
+    except ValueError:
+        return None
+    return None if held.items and samples.items and held.items[0].path == samples.items[0].path else held
+
+
+def train(args, samples, trained, adam, gradients, measure, start, total):
     """The loop: gradients of all processes, one norm, one step of AdamW, a line, now and then a checkpoint."""
     import resource
 
@@ -389,6 +415,7 @@ def train(args, samples, trained, adam, gradients, start, total):
         args.out.mkdir(parents=True, exist_ok=True)
         rows = path.read_text().splitlines() if args.resume and path.exists() else []
         path.write_text("".join(r + "\n" for r in rows if r.endswith("}") and json.loads(r)["step"] <= start))
+    first = last = measure() if measure and rank == 0 else {}
     try:
         for step in range(start, total):
             row, began = {"step": step + 1}, time.perf_counter()
@@ -409,13 +436,15 @@ def train(args, samples, trained, adam, gradients, start, total):
             row["images_per_s"] = round(args.batch / (time.perf_counter() - began), 3)
             row["peak_gib"] = round((torch.cuda.max_memory_allocated() / 2 ** 30) if torch.cuda.is_available() else
                                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)
-            last = halt or step + 1 == total
+            keep = halt or step + 1 == total or (step + 1) % args.every == 0
             if rank == 0:
+                if keep and measure:
+                    row["held"] = last = measure()
                 with open(path, "a") as f:
                     f.write(json.dumps(row) + "\n")
                 bar.update()
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in weights if row[k] is not None}, refresh=False)
-                if last or (step + 1) % args.every == 0:
+                if keep:
                     save(args, samples, step + 1, trained, adam)
                     done = step + 1
             if halt:
@@ -427,6 +456,9 @@ def train(args, samples, trained, adam, gradients, start, total):
     if rank == 0:
         print(f"finetune.py: step {done} is in {args.out}/checkpoint.safetensors, every step in {path}"
               + (f"; stopped before {total}: --resume goes on" if done < total else ""))
+        if first:
+            print(f"finetune.py: {args.held} held-out samples, step {start} -> {done}: "
+                  + ", ".join(f"{k} {first[k]:.4f} -> {last[k]:.4f}" for k in first))
     return 130 if done < total and rank == 0 else 0
 
 

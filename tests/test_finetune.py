@@ -1,6 +1,7 @@
 """The training script, run in process on the miniature: the same training however it is cut, and nothing lost."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import finetune
 import losses
 import rerank
 
-QUICK = ["--batch", "4", "--probe", "0", "--every", "100", "--lr", "1e-3", "--device", "cpu"]
+QUICK = ["--batch", "4", "--probe", "0", "--held", "0", "--every", "100", "--lr", "1e-3", "--device", "cpu"]
 
 
 def run(out, *argv):
@@ -196,6 +197,19 @@ def test_thin_tmax_and_probe(tmp_path):
     assert [r["step"] for r in rows if "norm_ir" in r] == [1, 4]
     first = rows[0]
     assert first["norm_tg"]["captioner"] > 0 == first["norm_tg"]["generator"] and first["norm_ir"]["captioner"] > 0
+
+
+def test_held_out_losses_are_those_of_the_models(tmp_path, captioner, generator, capsys):
+    """Before and after, of the same samples under the same chance; tg against a plain reading of the val split."""
+    run(tmp_path, "--steps", 2, "--every", 1, "--held", 6, "--lr", 1e-2, "--losses", "tg", "ig")
+    rows = log(tmp_path)
+    first = dict(zip(("tg", "ig"), map(float, re.findall(r"(?:tg|ig) ([\d.]+) ->", capsys.readouterr().out))))
+    assert rows[0]["held"] != rows[1]["held"] and set(rows[0]["held"]) == {"tg", "ig"}
+    want = []
+    for i, item in enumerate(data.read("miniature", "val")[:6]):
+        said = item.captions[torch.randint(5, (), generator=cycle.chance("finetune", 0, -1, i))]
+        want.append(losses.caption_loss(captioner.read([data.open_image(item.path)], [said])).item())
+    assert first["tg"] == pytest.approx(sum(want) / 6, abs=1e-4)
 
 
 def test_a_tiny_decoder_takes_the_exact_ones_place(whole, tmp_path):
