@@ -492,3 +492,17 @@ def test_flags_survive_torchrun(capsys):
     ours = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
     known = [o for a in get_args_parser()._actions for o in a.option_strings]
     assert ours == {"--source", "--target", "--chunk"} and not [o for o in known for f in ours if o.startswith(f)]
+
+
+def test_layout_is_what_a_blip2_reads(blip2, generator, images):
+    """A byte-level tokenizer keeps the space before a caption: its tokens, their offsets and the generator's prompt."""
+    import cycle
+    captioner = cycle.Captioner.load(blip2, "cpu")
+    said = [world.captions(world.sample("test", i))[0] for i in range(6)]
+    reading = captioner.read(images, said)
+    way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, generator.text_encoder.get_input_embeddings().weight,
+                        size=len(reading.weight), begin=captioner.prompt[0], end=captioner.end)
+    lay = way.layout([captioner.space + c for c in said], lead=len(captioner.prompt) - 1)
+    assert torch.equal(lay.source, reading.targets) and said[0][0] != " "
+    assert torch.equal(bridge.soft_states(generator.text_encoder, way.embeddings[lay.target]), generator.states(said))
+    assert (lay.align.sum(2) > .99).sum() >= sum(len(c.split()) for c in said)
