@@ -4,6 +4,8 @@
     likeness = likenesses(["clip", "pixel"], "image", "miniature").pairs
     likeness["clip"](pictures, image)                # (n,) cosine of the encoder's embeddings, higher = more alike
     choices(quality, ranking)                                # mean, chosen, oracle, score by rank, with 95 % intervals
+    bleu(bleu_counts(candidates, references).sum(0))         # corpus BLEU-1 to 4; other sums of rows: any subset's
+    frechet(features, features), inception_score(logits), spice(candidates, references)
 
 Captions are str, images float (B, 3, H, W) in [0, 1]. Pooling and distances are those of the paper's experiments.
 Copy this file alone: it needs numpy; torch and transformers for the encoders, scipy for the word mover's distance.
@@ -11,7 +13,10 @@ Copy this file alone: it needs numpy; torch and transformers for the encoders, s
 import functools
 import json
 import math
+import os
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +57,10 @@ def tokenize(caption):
 
 
 # ---------------------------------------------------------------- captions against captions
-def grams(tokens, longest=4):
-    """Counts of the n-grams of each length: [Counter of unigrams, ..., Counter of 4-grams]."""
+@functools.lru_cache(2 ** 17)
+def grams(caption, longest=4):
+    """Counts of a caption's n-grams of each length: [Counter of unigrams, ..., of 4-grams]; not to be changed."""
+    tokens = tokenize(caption)
     return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, longest + 1)]
 
 
@@ -61,7 +68,7 @@ def document_frequency(references):
     """(df, n): in how many of n images' references each n-gram occurs. references: n lists of captions."""
     df = Counter()
     for captions in references:
-        df.update({g for c in captions for row in grams(tokenize(c)) for g in row})
+        df.update({g for c in captions for row in grams(c) for g in row})
     return df, len(references)
 
 
@@ -77,9 +84,8 @@ def cider(candidates, references, df=None):
 
     @functools.cache
     def vector(caption):
-        tokens = tokenize(caption)
-        rows = [{g: c * (log_n - math.log(max(1, df[g]))) for g, c in row.items()} for row in grams(tokens)]
-        return rows, [math.sqrt(sum(v * v for v in row.values())) for row in rows], max(0, len(tokens) - 1)
+        rows = [{g: c * (log_n - math.log(max(1, df[g]))) for g, c in row.items()} for row in grams(caption)]
+        return rows, [math.sqrt(sum(v * v for v in row.values())) for row in rows], grams(caption)[1].total()
 
     def pair(candidate, reference):
         (a, norm_a, len_a), (b, norm_b, len_b) = vector(candidate), vector(reference)
@@ -88,6 +94,71 @@ def cider(candidates, references, df=None):
                    for x, y, p, q in zip(a, b, norm_a, norm_b) if p and q) / 4 * 10
 
     return np.array([sum(pair(c, r) for r in rows) / max(1, len(rows)) for c, rows in zip(candidates, references)])
+
+
+def bleu_counts(candidates, references):
+    """What corpus BLEU adds up, of each item: (N, 10) of 4 x clipped matches, 4 x n-grams, length, reference length
+    (the closest one). Sum over any subset, or over a bootstrap draw, and give it to `bleu`."""
+    out = np.zeros((len(candidates), 10))
+    for row, candidate, captions in zip(out, candidates, references):
+        said, heard = grams(candidate), [grams(c) for c in captions]
+        for n in range(4):
+            row[n] = sum(min(c, max(h[n][g] for h in heard)) for g, c in said[n].items()) if heard else 0
+            row[4 + n] = said[n].total()
+        row[8] = length = said[0].total()
+        row[9] = min((h[0].total() for h in heard), key=lambda x: (abs(x - length), x), default=0)
+    return out
+
+
+def bleu(counts):
+    """BLEU-1, -2, -3, -4 (Papineni et al. 2002) of counts (..., 10), with pycocoevalcap's guards: (..., 4)."""
+    match, total, length, reference = counts[..., :4], counts[..., 4:8], counts[..., 8:9], counts[..., 9:]
+    precision = (match + 1e-15) / (total + 1e-9)
+    ratio = (length + 1e-15) / (reference + 1e-9)
+    brevity = np.exp(1 - 1 / np.minimum(ratio, 1))
+    return np.exp(np.log(precision).cumsum(-1) / np.arange(1, 5)) * brevity
+
+
+class Unavailable(Exception):
+    """A metric that can't be had on this machine; its text says why, and the remedy."""
+
+
+def spice(candidates, references):
+    """SPICE (Anderson et al. 2016) of each item by its authors' jar: (N,) float64, nan where it gave none.
+
+    Needs pycocoevalcap (the jar), its CoreNLP models, and Java 8 to 14: SPICE_JAVA names another java than the first
+    on the path, SPICE_JAR another jar. Raises Unavailable with the remedy.
+    """
+    import importlib.util
+    java = os.environ.get("SPICE_JAVA", "java")
+    try:
+        said = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise Unavailable(f"{java} does not run ({type(e).__name__}): install Java 8, or name one by SPICE_JAVA") from e
+    version = re.search(r'version "(?:1\.)?(\d+)', said.stderr + said.stdout)
+    if not version or not 8 <= int(version[1]) <= 14:
+        raise Unavailable(f"{java} is Java {version[1] if version else 'of no known version'}, and the jar needs 8 to 14 "
+                          "(from 15 on there is no Nashorn): name one by SPICE_JAVA")
+    package = importlib.util.find_spec("pycocoevalcap")
+    jar = Path(os.environ.get("SPICE_JAR") or (Path(package.origin).parent / "spice/spice-1.0.jar" if package else ""))
+    if not jar.is_file():
+        raise Unavailable("its jar is not here: pip install pycocoevalcap, or name it by SPICE_JAR")
+    if len(list((jar.parent / "lib").glob("stanford-corenlp-3.6.0*.jar"))) < 2:
+        raise Unavailable(f"CoreNLP 3.6.0 is not in {jar.parent / 'lib'}: python -m "
+                          "pycocoevalcap.spice.get_stanford_models (404 MB)")
+    rows = [{"image_id": i, "test": " ".join(tokenize(c)), "refs": [" ".join(tokenize(r)) for r in refs]}
+            for i, (c, refs) in enumerate(zip(candidates, references))]
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "in.json"), Path(folder, "out.json")
+        given.write_text(json.dumps(rows))
+        # no -cache: its database reflects into the JDK and has no library for ARM
+        run = subprocess.run([java, "-jar", "-Xmx8G", str(jar), str(given), "-out", str(made), "-subset", "-silent"],
+                             cwd=jar.parent, capture_output=True, text=True)
+        if run.returncode or not made.is_file():
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            raise Unavailable(f"the jar failed with exit code {run.returncode} ({last}); it wants 8 GB of memory")
+        found = {x["image_id"]: x["scores"]["All"]["f"] for x in json.loads(made.read_text())}
+    return np.array([float(found.get(i, math.nan)) for i in range(len(rows))])
 
 
 STOP = frozenset(
@@ -169,10 +240,10 @@ def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=Non
                 made = encoder(towers=("image", "text") if name == "clip" else (kind,))
                 out.pairs[name] = functools.partial(made.alike, kind)
                 out.clipscore = made.score if name == "clip" else out.clipscore
-        except ImportError as e:
-            out.absent[name] = f"{e.name} is not installed: pip install torch-fidelity"
+        except Unavailable as e:
+            out.absent[name] = str(e)
         except (OSError, KeyError, RuntimeError) as e:
-            where = "its weights" if name == "inception" else HUB[name] if judges == "hub" else root / name
+            where = HUB[name] if judges == "hub" else root / name
             reason = " ".join(str(e).split())[:160]
             out.absent[name] = f"{where} could not be loaded ({reason}); give --judges a folder with it"
     return out
@@ -189,15 +260,33 @@ def pixel(a, b):
 def inception(device):
     """Cosine of the 2048 features of torch-fidelity's Inception v3, those of FID. (The paper's per-image "FID" can only
     be such a distance: one image has no covariance.)"""
-    import torch
-    import torch.nn.functional as F
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device or "cpu").eval()
+    see = fidelity(device)
 
     def features(x):
+        f = see(x)[0]
+        return f / np.linalg.norm(f, axis=1, keepdims=True)
+    return lambda a, b: (features(a) * features(b)).sum(-1)
+
+
+def fidelity(device=None, weights=None):
+    """A function: images (B, 3, H, W) -> features (B, 2048), logits (B, 1008) of the Inception v3 of FID and IS, by
+    torch-fidelity. weights: a local copy of its weights. Raises Unavailable."""
+    import torch
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        options = {"feature_extractor_weights_path": weights} if weights else {}
+        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options)
+    except ImportError as e:
+        raise Unavailable(f"{e.name} is not installed: pip install torch-fidelity") from e
+    except (OSError, RuntimeError) as e:
+        raise Unavailable(f"Inception's weights could not be had ({str(e)[:100]}): give --inception a file") from e
+    extractor = extractor.to(device or "cpu").eval()
+
+    def see(x):
         with torch.no_grad():
-            return F.normalize(extractor((x.clamp(0, 1) * 255).round().byte().to(device or "cpu"))[0].double(), dim=-1)
-    return lambda a, b: (features(a) * features(b)).sum(-1).cpu().numpy()
+            out = extractor((x.clamp(0, 1) * 255).round().byte().to(device or "cpu"))
+        return [y.double().cpu().numpy() for y in out]
+    return see
 
 
 def movers(glove, a, b):
@@ -301,12 +390,56 @@ class Encoder:
         return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).cpu().numpy()
 
 
+# ---------------------------------------------------------------- sets of pictures
+def frechet(x, y):
+    """Frechet distance of two sets of features (n, D), (m, D), the FID where they are Inception's: float.
+
+    Without a matrix square root, and exact where n < D: with A, B the R factors of the centred features over
+    sqrt(n - 1), it is |mean difference|^2 + |A|^2 + |B|^2 - 2 |A B^T|_* (nuclear norm). In float64.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"a covariance needs two pictures or more a side, got {len(x)} and {len(y)}")
+    a, b = (np.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r") for f in (x, y))
+    nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + (a ** 2).sum() + (b ** 2).sum() - 2 * nuclear)
+
+
+def inception_score(logits, splits=1):
+    """Inception score (Salimans et al. 2016) of logits (N, C), in order, over `splits` parts: (mean, deviation)."""
+    z = np.asarray(logits, np.float64)
+    logp = z - z.max(1, keepdims=True)
+    logp -= np.log(np.exp(logp).sum(1, keepdims=True))
+    scores = []
+    for i in range(splits):
+        part = logp[i * len(z) // splits:(i + 1) * len(z) // splits]
+        p = np.exp(part)
+        scores.append(math.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 # ---------------------------------------------------------------- what choosing is worth
 def interval(values, draws=2000, seed=0):
     """95 % bootstrap interval of the mean of (N,) values: (low, high)."""
     values = np.asarray(values, np.float64)
     rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     return tuple(float(q) for q in np.quantile(values[rows].mean(1), (.025, .975)))
+
+
+def resampled(statistic, items, draws=1000, seed=0):
+    """95 % bootstrap interval of any corpus score: statistic(rows) of N resampled row numbers -> (low, high)."""
+    dice = np.random.default_rng(seed)
+    values = [statistic(dice.integers(items, size=items)) for _ in range(draws)]
+    return tuple(float(q) for q in np.nanquantile(values, (.025, .975)))
+
+
+def paired(statistic_a, statistic_b, items, draws=1000, seed=0):
+    """Two systems on the same items: (b - a, its 95 % interval, share of draws in which b is not better)."""
+    dice, whole = np.random.default_rng(seed), np.arange(items)
+    rows = [dice.integers(items, size=items) for _ in range(draws)]
+    gains = np.array([statistic_b(r) - statistic_a(r) for r in rows])
+    low, high = np.nanquantile(gains, (.025, .975))
+    return float(statistic_b(whole) - statistic_a(whole)), (float(low), float(high)), float((gains <= 0).mean())
 
 
 def choices(quality, ranking):

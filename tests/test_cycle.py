@@ -124,7 +124,7 @@ def test_blip2_through_the_same_interface(blip2, images):
     assert reading.hidden.shape[:2] == reading.targets.shape
     # the library's forward on the hub's layout: image placeholders, then </s>, prompt, caption, end
     q = captioner.model.config.num_query_tokens
-    ids = captioner.prompt + captioner.tokenizer(text[1], add_special_tokens=False).input_ids + [captioner.end]
+    ids = captioner.prompt + captioner.tokenizer(" " + text[1], add_special_tokens=False).input_ids + [captioner.end]
     ids = torch.tensor([[captioner.model.config.image_token_id] * q + ids])
     labels = ids.clone()
     labels[:, :q + len(captioner.prompt)] = -100

@@ -1,6 +1,7 @@
 """Scores against pycocoevalcap's and gensim's golden ones, encoders against the library's processors and poolings."""
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,18 @@ import torch
 import metrics
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    metrics.grams.cache_clear()
+    yield
+    metrics.grams.cache_clear()
+
+
+def as_they_are(monkeypatch):
+    metrics.grams.cache_clear()
+    monkeypatch.setattr(metrics, "tokenize", str.split)
 
 
 def golden(shared, name):
@@ -49,14 +62,14 @@ def test_cider_is_pycocoevalcaps(shared, monkeypatch, name, value):
     raw, tokens = golden(shared, f"{name}_input.json"), golden(shared, f"{name}_ptb_tokens.json")
     whole = metrics.cider([x["candidate"] for x in raw], [x["references"] for x in raw])
     assert whole.mean() == pytest.approx(value, abs=5e-4)
-    monkeypatch.setattr(metrics, "tokenize", str.split)         # the jar's tokens, taken as they are
+    as_they_are(monkeypatch)                                    # the jar's tokens
     ours = metrics.cider([x["candidate"] for x in tokens], [x["references"] for x in tokens])
     assert ours == pytest.approx(golden(shared, f"{name}_scores.json")["per_image"]["CIDEr"], abs=1e-9)
 
 
 def test_without_a_tokenizer_cider_is_another_number(shared, monkeypatch):
     raw = golden(shared, "coco500_input.json")
-    monkeypatch.setattr(metrics, "tokenize", str.split)
+    as_they_are(monkeypatch)
     assert metrics.cider([x["candidate"] for x in raw], [x["references"] for x in raw]).mean() < .75
 
 
@@ -92,6 +105,125 @@ def test_wmd_by_hand(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="bad.txt"):
         metrics.word_vectors(tmp_path / "bad.txt", {"x"})
+
+
+# ---------------------------------------------------------------- BLEU, SPICE, and sets of pictures
+def test_bleu_of_invented_captions():
+    data = json.loads((HERE / "synthetic12.json").read_text())
+    counts = metrics.bleu_counts([x["candidate"] for x in data["items"]], [x["references"] for x in data["items"]])
+    names = [f"Bleu_{n}" for n in range(1, 5)]
+    assert metrics.bleu(counts.sum(0)) == pytest.approx([data["corpus"][k] for k in names], abs=1e-12)
+    assert metrics.bleu(counts).T == pytest.approx(np.array([data["per_image"][k] for k in names]), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["coco500", "fakecap251"])
+def test_bleu_is_pycocoevalcaps(shared, monkeypatch, name):
+    raw, tokens, scores = (golden(shared, f"{name}_{k}.json") for k in ("input", "ptb_tokens", "scores"))
+    want = [scores["corpus"][f"Bleu_{n}"] for n in range(1, 5)]
+    whole = metrics.bleu_counts([x["candidate"] for x in raw], [x["references"] for x in raw])
+    assert metrics.bleu(whole.sum(0)) == pytest.approx(want, abs=5e-4)
+    as_they_are(monkeypatch)
+    ours = metrics.bleu_counts([x["candidate"] for x in tokens], [x["references"] for x in tokens])
+    assert metrics.bleu(ours.sum(0)) == pytest.approx(want, abs=1e-12)
+
+
+def test_bleu_by_hand():
+    """Two of three words, one of two pairs; the reference is one word longer: exp(1 - 4 / 3)."""
+    counts = metrics.bleu_counts(["a red dog"], [["a red cat sleeps"]])[0]
+    assert counts.tolist() == [2, 1, 0, 0, 3, 2, 1, 0, 3, 4]
+    assert metrics.bleu(counts)[:2] == pytest.approx([2 / 3 * math.exp(-1 / 3), (2 / 3 / 2) ** .5 * math.exp(-1 / 3)])
+    assert np.isfinite(metrics.bleu(metrics.bleu_counts([""], [["a dog"]]))).all()
+
+
+JAVA = """#!/bin/sh
+if [ "$1" = "-version" ]; then echo 'openjdk version "VERSION"' >&2; exit 0; fi
+[ CODE = 0 ] || { echo "OutOfMemoryError: heap" >&2; exit CODE; }
+exec PYTHON -c '
+import json, sys
+rows = json.load(open(sys.argv[1]))
+assert rows[0] == {"image_id": 0, "test": "a dog \\x27s ball", "refs": ["the ball"]}, rows
+out = [{"image_id": r["image_id"], "scores": {"All": {"f": r["image_id"] / 10}}} for r in rows[:2]]
+json.dump(out, open(sys.argv[2], "w"))' "$4" "$6"
+"""
+
+
+def stand_in(folder, version, jar=True, code=0):
+    """An executable that answers as `java -version` and as the jar do: SPICE of an item = its number / 10."""
+    java = folder / "java"
+    java.write_text(JAVA.replace("VERSION", version).replace("CODE", str(code)).replace("PYTHON", sys.executable))
+    java.chmod(0o755)
+    (folder / "lib").mkdir(exist_ok=True)
+    if jar:
+        for name in ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar"):
+            (folder / name).touch()
+    return str(java)
+
+
+def test_spice_through_its_protocol(tmp_path, monkeypatch):
+    said, heard = ["A dog's ball.", "two cats", "x"], [["The ball!"], ["a cat", "cats"], ["y"]]
+    monkeypatch.setenv("SPICE_JAR", str(tmp_path / "spice-1.0.jar"))
+    for version, jar, code, remedy in (("17.0.15", True, 0, "is Java 17.*8 to 14.*SPICE_JAVA"),
+                                       ("11.0.2", True, 3, r"exit code 3 \(OutOfMemoryError: heap\)")):
+        monkeypatch.setenv("SPICE_JAVA", stand_in(tmp_path, version, jar, code))
+        with pytest.raises(metrics.Unavailable, match=remedy):
+            metrics.spice(said, heard)
+    monkeypatch.setenv("SPICE_JAVA", stand_in(tmp_path, "1.8.0_392"))
+    scores = metrics.spice(said, heard)
+    assert scores[:2].tolist() == [0, .1] and math.isnan(scores[2])         # the jar gave none for the third
+    (tmp_path / "lib/stanford-corenlp-3.6.0-models.jar").unlink()
+    with pytest.raises(metrics.Unavailable, match="get_stanford_models"):
+        metrics.spice(said, heard)
+    (tmp_path / "spice-1.0.jar").unlink()
+    with pytest.raises(metrics.Unavailable, match="pip install pycocoevalcap"):
+        metrics.spice(said, heard)
+    monkeypatch.setenv("SPICE_JAVA", str(tmp_path / "none"))
+    with pytest.raises(metrics.Unavailable, match="does not run.*SPICE_JAVA"):
+        metrics.spice(said, heard)
+
+
+def test_frechet_is_fid(shared):
+    for name, case in golden(shared, "fid_features.json")["cases"].items():
+        g = np.random.RandomState(case["seed"])
+        x, w = g.standard_normal((case["n"], case["d"])), g.standard_normal((case["d"], case["d"])) / case["d"] ** .5
+        y = g.standard_normal((case["m"], case["d"])) @ w + .1
+        if name == "very_rank_deficient":
+            x, y = x.clip(0), y.clip(0)
+        y = x if name == "same_rank_deficient" else y
+        assert metrics.frechet(x, y) == pytest.approx(case["fid"]["nuclear norm (own)"], abs=1e-9)
+
+
+def test_frechet_in_closed_form():
+    """Diagonal covariances: the sum of squared differences of means and of deviations; of itself, 0."""
+    u = np.stack(np.meshgrid([-1., 1.], [-1., 1.], [-1., 1.]), -1).reshape(-1, 3)        # uncorrelated, variance 8 / 7
+    x, y = u * [1, 2, 3], u * [2, 2, 5] + [1, 0, -2]
+    assert metrics.frechet(x, y) == pytest.approx(5 + 8 / 7 * (1 + 0 + 4)) and abs(metrics.frechet(x, x)) < 1e-12
+    with pytest.raises(ValueError, match="two pictures or more"):
+        metrics.frechet(x[:1], y)
+
+
+def test_inception_score(shared):
+    for case in golden(shared, "inception_score.json").values():
+        z = np.random.RandomState(case["seed"]).standard_normal((case["n"], case["c"])) * case["scale"]
+        for splits in (1, 10):
+            want = case[f"torch_fidelity_splits{splits}_no_shuffle"]
+            assert metrics.inception_score(z, splits) == pytest.approx(want, abs=1e-9)
+
+
+def test_inception_score_in_closed_form():
+    assert metrics.inception_score(np.eye(7) * 1e4)[0] == pytest.approx(7)               # sure, and all different
+    assert metrics.inception_score(np.zeros((9, 5)))[0] == pytest.approx(1)              # sure of nothing
+
+
+def test_intervals():
+    """Of a mean: the normal approximation. Paired: noise that two systems share cancels."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(400)
+    a, b = noise, noise + .1 + .01 * rng.standard_normal(400)
+    low, high = metrics.resampled(lambda r: a[r].mean(), 400)
+    half = 1.96 * a.std() / 20
+    assert low == pytest.approx(a.mean() - half, abs=.02) and high == pytest.approx(a.mean() + half, abs=.02)
+    gain, (low, high), share = metrics.paired(lambda r: a[r].mean(), lambda r: b[r].mean(), 400)
+    assert gain == pytest.approx(.1, abs=.002) and .098 < low < high < .102 and share == 0
 
 
 # ---------------------------------------------------------------- encoders
@@ -168,18 +300,17 @@ def test_likeness_by_name(images):
 
 def test_inception_through_torch_fidelity(monkeypatch, images):
     """With a stand-in of its extractor: bytes go in, the cosine of the features comes out. Without it, a remedy."""
-    import sys
     import types
     assert "pip install torch-fidelity" in metrics.likenesses(["inception"], "image").absent["inception"]
 
     class Extractor(torch.nn.Module):
         def __init__(self, name, features):
             super().__init__()
-            assert features == ["2048"]
+            assert features == ["2048", "logits_unbiased"]
 
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.max() > 1
-            return (x.float().mean((2, 3)),)                    # a picture's mean colour
+            return x.float().mean((2, 3)), x.float()[:, 0, 0]   # a picture's mean colour, and a row of it
     module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = Extractor
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
