@@ -10,9 +10,18 @@ A set is a folder; what lies in it says what it is:
     metadata.jsonl                           diffusers' imagefolder: file_name, text (one or several lines a picture)
     anything else                            every picture below the folder, without captions
 Copy this file alone: it needs torch, numpy and pillow.
+
+    python data.py coco --root data/coco                 # fetches the public files: 20 GB of pictures, 0.1 GB of text
+    python data.py nocaps --root data/nocaps             # 4,500 pictures and their captions, 2 GB
 """
+import argparse
+import base64
+import hashlib
 import json
 import os
+import re
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +31,15 @@ import torch
 HERE = Path(__file__).resolve().parent
 SETS = {"miniature": HERE / "miniature/data"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SFR = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+COCO = "http://images.cocodataset.org/zips/"
+SOURCES = {                                      # set -> {file: (address, MD5 where it is published)}
+    "coco": {f"coco_karpathy_{x}.json": (f"{SFR}coco_karpathy_{x}.json", None)
+             for x in ("train", "val", "test", "val_gt", "test_gt")}
+    | {"train2014.zip": (COCO + "train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88"),
+       "val2014.zip": (COCO + "val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3")},
+    "nocaps": {"nocaps_val_4500_captions.json": (
+        "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json", None)}}
 DOMAINS = {"in": "in-domain", "near": "near-domain", "out": "out-domain"}
 
 
@@ -104,7 +122,9 @@ def folder(root):
 def load(path):
     """A JSON file, or one clear sentence."""
     if not path.exists():
-        raise ValueError(f"{path} is missing: put it there")
+        known = next((f" from {files[path.name][0]} (python data.py {name} --root {path.parent} fetches it)"
+                      for name, files in SOURCES.items() if path.name in files), "")
+        raise ValueError(f"{path} is missing: put it there{known}")
     try:
         return json.loads(path.read_text())
     except ValueError as e:
@@ -147,3 +167,111 @@ def save_image(image, path):
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(path.with_suffix(".tmp"), "PNG")
     os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------- fetching
+def fetch(url, path, md5=None, tries=5, wait=1.0):
+    """A file from the web: resumed where it was cut, checked, then renamed into place; nothing if it is there.
+
+    Checked against `md5`, or what the server says of it (x-goog-hash, or an ETag that is an MD5), and its length.
+    Raises ValueError with the remedy: a wrong file is deleted, a cut one is kept for the next try.
+    """
+    import urllib.error
+    import urllib.request
+
+    from tqdm import tqdm
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                have = have if answer.status == 206 else 0                       # no Range: from the beginning
+                whole = have + int(answer.headers.get("Content-Length") or 0)
+                goog = re.search(r"md5=([\w+/=]+)", ",".join(answer.headers.get_all("x-goog-hash") or ()))
+                tag = re.fullmatch(r'"([0-9a-f]{32})"', answer.headers.get("ETag") or "")
+                said = md5 or (base64.b64decode(goog[1]).hex() if goog else tag and tag[1])
+                with open(part, "ab" if have else "wb") as f, tqdm(
+                        total=whole or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
+                    while block := answer.read(1 << 20):
+                        f.write(block)
+                        bar.update(len(block))
+            if part.stat().st_size >= whole:
+                break
+            reason = f"{part.stat().st_size} of {whole} bytes came"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:                                                    # all of it is here already
+                said = md5
+                break
+            raise ValueError(f"{url}: the server says {e.code} {e.reason}; get {path.name} elsewhere and put it at "
+                             f"{path}") from e
+        except (OSError, ValueError) as e:
+            reason = str(e) or type(e).__name__
+        time.sleep(wait * attempt)
+    else:
+        raise ValueError(f"{url}: cut {tries} times ({reason}); what came is kept, run this again")
+    if said:
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "md5").hexdigest()
+        if found != said:
+            part.unlink()
+            raise ValueError(f"{url}: wrong bytes (MD5 {found}, should be {said}); they are deleted, run this again")
+    os.replace(part, path)
+    return path
+
+
+def fetch_set(name, root):
+    """All files of a public set; archives are unpacked, and NoCaps's pictures fetched one by one. Missing pictures are
+    counted, not fatal."""
+    import zipfile
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+    for file, (url, md5) in SOURCES[name].items():
+        path = root / file
+        if path.suffix != ".zip" or not (root / path.stem / ".whole").exists():
+            fetch(url, path, md5)
+        if path.suffix == ".zip" and path.exists():
+            with zipfile.ZipFile(path) as archive:
+                for member in tqdm(archive.namelist(), desc=f"unpacking {file}"):
+                    archive.extract(member, root)
+            (root / path.stem / ".whole").touch()
+    if name != "nocaps":
+        return 0
+
+    def picture(row):
+        try:
+            return None if fetch(row["coco_url"], root / row["file_name"]) else None
+        except ValueError as e:
+            return str(e)
+    rows = load(root / "nocaps_val_4500_captions.json")["images"]
+    with ThreadPoolExecutor(8) as pool:
+        wrong = [x for x in tqdm(pool.map(picture, rows), total=len(rows), desc="pictures") if x]
+    for reason in wrong[:5]:
+        print(f"data.py: {reason}", file=sys.stderr)
+    return len(wrong)
+
+
+def doorbell(argv=None):
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("set", choices=list(SOURCES), help="which public set to fetch")
+    cli.add_argument("--root", type=Path, help="where to put it; default data/ and its name")
+    args = cli.parse_args(argv)
+    root = args.root or Path("data") / args.set
+    try:
+        wrong = fetch_set(args.set, root)
+        items = read(root, "test" if args.set == "coco" else "nocaps")
+    except (ValueError, OSError) as e:
+        return print(f"data.py: {e}", file=sys.stderr) or 2
+    there = sum(x.path.exists() for x in items)
+    print(f"data.py: {root} has {len(items)} items of its evaluation split, {there} of their pictures"
+          + (f"; {wrong} pictures could not be fetched: run this again" if wrong else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(doorbell())

@@ -8,7 +8,7 @@
     frechet(features, features), inception_score(logits), spice(candidates, references)
 
 Captions are str, images float (B, 3, H, W) in [0, 1]. Pooling and distances are those of the paper's experiments.
-Copy this file alone: it needs numpy; torch and transformers for the encoders, scipy for the word mover's distance.
+Copy this file alone: it needs numpy and scipy, and for the encoders torch and transformers.
 """
 import functools
 import json
@@ -17,9 +17,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,19 +57,46 @@ def tokenize(caption):
 
 
 # ---------------------------------------------------------------- captions against captions
-@functools.lru_cache(2 ** 17)
-def grams(caption, longest=4):
-    """Counts of a caption's n-grams of each length: [Counter of unigrams, ..., of 4-grams]; not to be changed."""
-    tokens = tokenize(caption)
-    return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, longest + 1)]
+class Grams(NamedTuple):
+    counts: object                               # sparse (N, G): how often caption i has n-gram j
+    order: np.ndarray                            # (G,) 0 for single words ... 3 for four
+    names: list                                  # G tuples of words
+
+
+@functools.lru_cache(4)
+def grams(captions, longest=4):
+    """The n-grams of a tuple of N captions, up to four words: Grams. Kept, so that CIDEr and BLEU count once."""
+    from scipy.sparse import csr_array
+    known, columns, ends = {}, [], [0]
+    for caption in captions:
+        words = tokenize(caption)
+        for n in range(longest):
+            columns += [known.setdefault(g, len(known)) for g in zip(*(words[i:] for i in range(n + 1)))]
+        ends.append(len(columns))
+    counts = csr_array((np.ones(len(columns)), columns, ends), shape=(len(captions), len(known)))
+    counts.sum_duplicates()
+    return Grams(counts, np.array([len(g) - 1 for g in known], np.int64), list(known))
+
+
+def by_order(matrix, order):
+    """Sums of a sparse (N, G) over the n-grams of each length: (N, 4)."""
+    m = matrix.tocoo()
+    return np.bincount(m.row * 4 + order[m.col], m.data, 4 * m.shape[0]).reshape(-1, 4).astype(np.float64)
+
+
+def owners(references):
+    """References in a row, and the sparse (N, R) that says whose they are."""
+    from scipy.sparse import csr_array
+    flat = [c for captions in references for c in captions]
+    ends = np.cumsum([0, *map(len, references)])
+    return flat, csr_array((np.ones(len(flat)), np.arange(len(flat)), ends), shape=(len(references), len(flat)))
 
 
 def document_frequency(references):
     """(df, n): in how many of n images' references each n-gram occurs. references: n lists of captions."""
-    df = Counter()
-    for captions in references:
-        df.update({g for c in captions for row in grams(c) for g in row})
-    return df, len(references)
+    flat, whose = owners(references)
+    g = grams(tuple(flat))
+    return dict(zip(g.names, ((whose @ g.counts) > 0).sum(0).tolist())), len(references)
 
 
 def cider(candidates, references, df=None):
@@ -79,35 +106,37 @@ def cider(candidates, references, df=None):
     without it that of `references` itself, as corpus scores have it (one image alone then scores 0). Papers print
     100 x the mean.
     """
-    df, n = df or document_frequency(references)
-    log_n = math.log(max(n, 1))
-
-    @functools.cache
-    def vector(caption):
-        rows = [{g: c * (log_n - math.log(max(1, df[g]))) for g, c in row.items()} for row in grams(caption)]
-        return rows, [math.sqrt(sum(v * v for v in row.values())) for row in rows], grams(caption)[1].total()
-
-    def pair(candidate, reference):
-        (a, norm_a, len_a), (b, norm_b, len_b) = vector(candidate), vector(reference)
-        closeness = math.exp(-(len_a - len_b) ** 2 / 72)                        # Gaussian length penalty, sigma 6
-        return sum(closeness * sum(min(v, y[g]) * y[g] for g, v in x.items() if g in y) / (p * q)
-                   for x, y, p, q in zip(a, b, norm_a, norm_b) if p and q) / 4 * 10
-
-    return np.array([sum(pair(c, r) for r in rows) / max(1, len(rows)) for c, rows in zip(candidates, references)])
+    flat, whose = owners(references)
+    g, n = grams((*candidates, *flat)), len(candidates)
+    if df is None:
+        seen, images = np.asarray(((whose @ g.counts[n:]) > 0).sum(0)), n
+    else:
+        seen, images = np.array([df[0].get(x, 0) for x in g.names]), df[1]
+    weighted = g.counts.copy()                                                            # tf-idf
+    weighted.data *= (math.log(max(images, 1)) - np.log(np.maximum(seen, 1)))[weighted.indices]
+    norm, length = by_order(weighted.power(2), g.order) ** .5, by_order(g.counts, g.order)[:, 1]
+    item = np.repeat(np.arange(n), np.diff(whose.indptr))                                 # of each reference
+    said, heard = weighted[item], weighted[n:]
+    dots, norms = by_order(said.minimum(heard).multiply(heard), g.order), norm[item] * norm[n:]       # (R, 4)
+    closeness = np.exp(-(length[item] - length[n:]) ** 2 / 72)                            # Gaussian, sigma 6
+    pairs = 10 * closeness * np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).mean(1)
+    return np.bincount(item, pairs, n) / np.maximum(1, np.diff(whose.indptr))
 
 
 def bleu_counts(candidates, references):
     """What corpus BLEU adds up, of each item: (N, 10) of 4 x clipped matches, 4 x n-grams, length, reference length
-    (the closest one). Sum over any subset, or over a bootstrap draw, and give it to `bleu`."""
-    out = np.zeros((len(candidates), 10))
-    for row, candidate, captions in zip(out, candidates, references):
-        said, heard = grams(candidate), [grams(c) for c in captions]
-        for n in range(4):
-            row[n] = sum(min(c, max(h[n][g] for h in heard)) for g, c in said[n].items()) if heard else 0
-            row[4 + n] = said[n].total()
-        row[8] = length = said[0].total()
-        row[9] = min((h[0].total() for h in heard), key=lambda x: (abs(x - length), x), default=0)
-    return out
+    (the closest one). Sum over any subset, or over a bootstrap draw, and give it to `bleu`. Each item needs a reference
+    or more."""
+    flat, whose = owners(references)
+    g, n = grams((*candidates, *flat)), len(candidates)
+    said, heard, most = g.counts[:n], g.counts[n:], None
+    totals = by_order(g.counts, g.order)
+    for k in range(max(map(len, references))):                     # the most often a reference has each n-gram
+        rows = np.minimum(whose.indptr[:-1] + k, np.maximum(whose.indptr[1:] - 1, whose.indptr[:-1]))
+        most = heard[rows] if most is None else most.maximum(heard[rows])
+    lengths = [totals[n:, 0][i:j] for i, j in zip(whose.indptr, whose.indptr[1:])]
+    closest = [min(x, key=lambda y, c=c: (abs(y - c), y)) for x, c in zip(lengths, totals[:n, 0])]
+    return np.column_stack([by_order(said.minimum(most), g.order), totals[:n], totals[:n, 0], closest])
 
 
 def bleu(counts):
@@ -134,11 +163,11 @@ def spice(candidates, references):
     try:
         said = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise Unavailable(f"{java} does not run ({type(e).__name__}): install Java 8, or name one by SPICE_JAVA") from e
+        raise Unavailable(f"{java} does not run: install Java 8, or name one by SPICE_JAVA") from e
     version = re.search(r'version "(?:1\.)?(\d+)', said.stderr + said.stdout)
     if not version or not 8 <= int(version[1]) <= 14:
-        raise Unavailable(f"{java} is Java {version[1] if version else 'of no known version'}, and the jar needs 8 to 14 "
-                          "(from 15 on there is no Nashorn): name one by SPICE_JAVA")
+        raise Unavailable(f"{java} is Java {version[1] if version else '(unknown)'}, and the jar needs 8 to 14 (from "
+                          "15 on there is no Nashorn): name one by SPICE_JAVA")
     package = importlib.util.find_spec("pycocoevalcap")
     jar = Path(os.environ.get("SPICE_JAR") or (Path(package.origin).parent / "spice/spice-1.0.jar" if package else ""))
     if not jar.is_file():

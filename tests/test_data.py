@@ -106,3 +106,93 @@ def test_save_and_open_agree(tmp_path):
     data.save_image(x, tmp_path / "deep" / "x.png")
     assert (data.open_image(tmp_path / "deep" / "x.png") - x).abs().max() <= .5 / 255 + 1e-6
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+# ---------------------------------------------------------------- fetching, from a server that misbehaves
+@pytest.fixture()
+def server():
+    """Serves /name of .files; .cut closes after that many bytes (once a request), .hashes sends ETags."""
+    import hashlib
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body, start = self.server.files.get(self.path[1:]), 0
+            self.server.asked.append((self.path[1:], self.headers.get("Range")))
+            if body is None:
+                return self.send_error(404)
+            if self.headers.get("Range") and self.server.ranges:
+                start = int(self.headers["Range"][6:-1])
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.send_header("ETag", f'"{hashlib.md5(self.server.true.get(self.path[1:], body)).hexdigest()}"')
+            self.end_headers()
+            self.wfile.write(body[start:start + self.server.cut])
+
+        def log_message(self, *args):
+            pass
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.files, http.true, http.asked, http.cut, http.ranges = {}, {}, [], 10 ** 9, True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    http.url = f"http://127.0.0.1:{http.server_port}/"
+    yield http
+    http.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_cut_download_goes_on(server, tmp_path, ranges):
+    server.files["a.bin"], server.cut, server.ranges = bytes(range(256)) * 40, 4000, ranges
+    if not ranges:
+        server.cut = 10 ** 9
+        (tmp_path / "a.bin.part").write_bytes(b"what an earlier server gave")
+    data.fetch(server.url + "a.bin", tmp_path / "a.bin", wait=0)
+    assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"] and not list(tmp_path.glob("*.part"))
+    assert [r for _, r in server.asked] == ([None, "bytes=4000-", "bytes=8000-"] if ranges else ["bytes=27-"])
+    data.fetch(server.url + "a.bin", tmp_path / "a.bin")
+    assert len(server.asked) == (3 if ranges else 1)                         # nothing is fetched twice
+
+
+def test_a_download_that_stays_cut_is_kept(server, tmp_path):
+    server.files["a.bin"], server.cut = b"x" * 1000, 100
+    with pytest.raises(ValueError, match="cut 3 times .300 of 1000 bytes.*run this again"):
+        data.fetch(server.url + "a.bin", tmp_path / "a.bin", tries=3, wait=0)
+    server.cut = 10 ** 9
+    assert data.fetch(server.url + "a.bin", tmp_path / "a.bin").stat().st_size == 1000
+
+
+def test_wrong_bytes_are_deleted(server, tmp_path):
+    server.files["a.bin"], server.true["a.bin"] = b"wrong", b"right"
+    for md5 in (None, "0" * 32):
+        with pytest.raises(ValueError, match="wrong bytes.*deleted"):
+            data.fetch(server.url + "a.bin", tmp_path / "a.bin", md5, wait=0)
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="404.*put it at"):
+        data.fetch(server.url + "none.bin", tmp_path / "none.bin", wait=0)
+
+
+def test_sets_are_fetched_unpacked_and_read(server, tmp_path, monkeypatch, capsys, images):
+    import io
+    import zipfile
+    data.save_image(images[0], tmp_path / "0.png")
+    picture, packed = (tmp_path / "0.png").read_bytes(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z:
+        z.writestr("val2014/COCO_val2014_000000000042.png", picture)
+    server.files |= {"v.zip": packed.getvalue(), "t.json": json.dumps(
+        [{"image": "val2014/COCO_val2014_000000000042.png", "caption": ["a ring"]}]).encode()}
+    rows = [{"id": i, "file_name": f"{i}.png", "domain": "out-domain", "coco_url": f"{server.url}{i}.png"}
+            for i in (1, 2)]
+    server.files |= {"1.png": picture, "n.json": json.dumps(
+        {"images": rows, "annotations": [{"image_id": 1, "id": 0, "caption": "a ring"}]}).encode()}
+    monkeypatch.setattr(data, "SOURCES", {
+        "coco": {"coco_karpathy_test.json": (server.url + "t.json", None), "val2014.zip": (server.url + "v.zip", None)},
+        "nocaps": {"nocaps_val_4500_captions.json": (server.url + "n.json", None)}})
+    assert data.doorbell(["coco", "--root", str(tmp_path / "coco")]) == 0
+    assert data.doorbell(["nocaps", "--root", str(tmp_path / "nocaps")]) == 0
+    out = capsys.readouterr()
+    assert "has 1 items of its evaluation split, 1 of their pictures" in out.out and "404" in out.err
+    assert "has 2 items of its evaluation split, 1 of their pictures; 1 pictures could not be fetched" in out.out
+    assert data.open_image(data.read(tmp_path / "coco", "test")[0].path).shape == (3, 32, 32)
+    (tmp_path / "nocaps/nocaps_val_4500_captions.json").unlink()
+    with pytest.raises(ValueError, match="is missing: put it there from http.*python data.py nocaps"):
+        data.read(tmp_path / "nocaps", "out")
