@@ -372,7 +372,7 @@ def plot(found, path):
             row = found[f"{metric} by {by}"]["all"]
             axis.plot(row["by_rank"], marker="o", ms=3, label=by)
         axis.axhline(row["mean"], color="grey", ls=":", lw=1, label="mean of all")
-        axis.set(title=f"{metric}, n = {row['items']}", xlabel="rank by likeness of the reconstruction")
+        axis.set(title=f"{metric}, n = {row['items']}", xlabel="rank by the score named")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -456,6 +456,9 @@ def main(args):
             results["images"], more = picture_scores(pictures, [data.open_image(x.path) for x in here],
                                                      [x.domain for x in here], args, metrics)
             notes += more
+            if args.ci:
+                notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: read "
+                             "their width, not their place")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None}
     text = report(results)
     args.out.mkdir(parents=True, exist_ok=True)
