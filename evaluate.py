@@ -457,8 +457,8 @@ def main(args):
                                                      [x.domain for x in here], args, metrics)
             notes += more
             if args.ci:
-                notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: read "
-                             "their width, not their place")
+                notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: "
+                             "read their width, not their place")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None}
     text = report(results)
     args.out.mkdir(parents=True, exist_ok=True)
