@@ -46,6 +46,13 @@ class Talk:
                 for name, score in self.scores.items()}
 
 
+def few_steps(generator):
+    """Gives a generator the solver that needs few steps, DPM-Solver++ (Lu et al. 2022), on its own noise schedule."""
+    from diffusers import DPMSolverMultistepScheduler
+    generator.pipe.scheduler = DPMSolverMultistepScheduler.from_config(generator.pipe.scheduler.config)
+    return generator
+
+
 def image_text_image(captioner, generator, images, n=10, likeness=None, seed=0, items=None, speak=None, draw=None):
     """Image -> n captions -> a picture of each -> how alike picture and image are (paper, Section 3.1, Fig. 2 left).
 
@@ -77,6 +84,105 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
     scores = {name: torch.stack([torch.as_tensor(f(row, [text] * n)).double() for row, text in zip(rows, captions)])
               for name, f in (likeness or {}).items()}
     return Talk(rows, drawn.unflatten(0, (len(captions), n)), likelihood.view(-1, n), scores)
+
+
+# ---------------------------------------------------------------- scoring without drawing
+@dataclass
+class Denoised:
+    """What the generator's denoising loss says of n candidates: score (n,) float64, higher = better; error (n,), the
+    standard error of each score; gap (n,), that of its difference to the best; evaluations of the UNet."""
+    score: torch.Tensor
+    error: torch.Tensor
+    gap: torch.Tensor
+    evaluations: int
+
+
+def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, span=(0.3, 1.0), batch=64):
+    """How well the generator denoises image under caption (Eq. 3 as a score): Denoised, of n candidates.
+
+    One image and n captions, or n images and one caption; the latter subtracts the loss under the empty caption, since
+    images differ in how hard they are. All candidates meet the same `draws` pairs of timestep and noise: stratified
+    over `span` of the schedule (the default was chosen on the miniature's val: with little noise the text hardly
+    matters), a function of (seed, item). budget: UNet evaluations at most, spent by successive
+    halving: each round the worse half of the captions drops out; who dropped out is ranked by its difference to the
+    winner on the draws they share. Equal captions are scored once. Nothing is drawn or decoded, there is no guidance.
+    """
+    if min(len(images), len(captions)) != 1:
+        raise ValueError(f"{len(images)} images and {len(captions)} captions: one of them must be one")
+    by_image = len(captions) == 1 < len(images)
+    wanted = list(dict.fromkeys(captions))
+    with torch.no_grad():
+        states = generator.states(wanted + [""] * by_image)                               # (k, T, D)
+        latents = generator.encode(images)[0].float()                                     # (1 or n, C, h, w)
+        alive, errors = list(range(len(images) if by_image else len(wanted))), []
+        rounds = max(1, (len(alive) - 1).bit_length()) if budget and not by_image else 1
+        spent, drawn, total = 0, 0, draws if not budget else None
+        for r in range(rounds):
+            more = total or max(1, (budget - spent) // ((rounds - r) * len(alive) * (1 + by_image)))
+            t, noise = pairs(generator, latents, more, r, seed, item, span)
+            rows = latents[alive] if by_image else latents.expand(len(alive), -1, -1, -1)
+            loss = denoising(generator, rows, states[:1] if by_image else states[alive], t, noise, batch)
+            if by_image:
+                loss = loss - denoising(generator, rows, states[1:], t, noise, batch)
+            spent, drawn = spent + loss.numel() * (1 + by_image), drawn + more
+            full = loss.new_full((more, len(images) if by_image else len(wanted)), torch.nan)
+            full[:, alive] = loss
+            errors.append(full)
+            if r + 1 < rounds:
+                sums = torch.cat(errors)[:, alive].mean(0)
+                alive = sorted(alive[i] for i in sums.argsort()[:(len(alive) + 1) // 2].tolist())
+    loss = torch.cat(errors)                                                              # (draws, k)
+    best = min(alive, key=lambda j: loss[:, j].mean().item())
+    apart = loss - loss[:, [best]]                                                        # nan after dropping out
+    count = (~apart.isnan()).sum(0)
+    value = loss[:, best].mean() + apart.nanmean(0)
+    deviation = (apart - apart.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1)
+    own = (loss - loss.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1)
+    place = list(range(len(images))) if by_image else [wanted.index(c) for c in captions]
+    error, gap = (x.div(count).sqrt()[place].cpu() for x in (own, deviation))
+    return Denoised(-value[place].cpu(), error, gap, spent)
+
+
+def pairs(generator, latents, draws, part, seed, item, span):
+    """Timesteps (draws,), one in each of as many equal parts of the span, and noise (draws, C, h, w)."""
+    g = chance("denoise", seed, item, part)
+    steps = generator.scheduler.config.num_train_timesteps
+    u = (torch.arange(draws) + torch.rand(draws, generator=g)) / draws
+    t = ((span[0] + (span[1] - span[0]) * u) * steps).long().clamp(max=steps - 1)
+    return t.to(latents.device), torch.randn(draws, *latents.shape[1:], generator=g).to(latents)
+
+
+def denoising(generator, latents, states, t, noise, batch):
+    """Mean squared errors of k candidates at each draw: (draws, k) float64. What the UNet computes before it looks at
+    the text is computed once a draw where the candidates share their image."""
+    scheduler, k = generator.scheduler, max(len(latents), len(states))
+    a = scheduler.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1).float()
+    out, step = [], max(1, batch // k)
+    shared = len(states) == k and (len(latents) == 1 or latents.stride(0) == 0)
+    for i in range(0, len(t), step):
+        s, e = a[i:i + step, None], noise[i:i + step, None]                                # (d, 1, C, h, w)
+        x = s.sqrt() * latents[None] + (1 - s).sqrt() * e
+        goal = {"epsilon": e.expand_as(x), "sample": latents[None].expand_as(x),
+                "v_prediction": s.sqrt() * e - (1 - s).sqrt() * latents[None]}[scheduler.config.prediction_type]
+        with stem(generator.unet, k if shared else 1):
+            made = generator.predict(x.flatten(0, 1).to(generator.dtype), t[i:i + step].repeat_interleave(k),
+                                     states.repeat(len(x) * k // len(states), 1, 1))
+        out.append((made.float().view_as(x) - goal).double().square().mean((2, 3, 4)))
+    return torch.cat(out)
+
+
+@contextlib.contextmanager
+def stem(unet, k):
+    """While it lasts, rows come in groups of k with equal image and timestep: the first convolution and the first
+    residual block, before any text, run once a group."""
+    parts = [unet.conv_in, unet.down_blocks[0].resnets[0]] if k > 1 else []
+    for part in parts:
+        part.forward = (lambda *args, own=part.forward: own(*(x[::k] for x in args)).repeat_interleave(k, 0))
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
 
 
 def chance(*key):

@@ -5,6 +5,8 @@
     python rerank.py "a small red star on the grass"             # best of ten images for a sentence
     python rerank.py sentences.txt                               # one a line, or a JSON list
     python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen, oracle too
+    python rerank.py --scorer denoise                            # no drawing: the generator's denoising loss decides
+    python rerank.py --scorer denoise --agree 20                 # and how well that agrees with the full cycle
 
 Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood, every likeness, ranks),
 best.json, sheet.png and index.html. Run again, it goes on where it stopped; another --by ranks again without redoing.
@@ -32,8 +34,13 @@ def flags(argv=None):
     p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
     p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
     p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
+    p.add_argument("--scorer", choices=["full", "denoise", "few"], default="full",
+                   help="full: draw every caption; few: in 8 steps of DPM-Solver++; denoise: draw only the winner")
+    p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
+    p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, spent by halving")
+    p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
     p.add_argument("--way", default="top-p", help="how captions are sampled: top-p, top-k, temperature, typical, beam")
-    p.add_argument("--steps", type=int, default=50, help="denoising steps a picture")
+    p.add_argument("--steps", type=int, help="denoising steps a picture; default 50, or 8 of --scorer few")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*", help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
     p.add_argument("--by", help="the likeness that ranks; default the first of --likeness that is available")
@@ -50,8 +57,9 @@ def flags(argv=None):
     args.judges = args.judges or ("miniature" if small else "hub")
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
-    if args.n < 1 or args.steps < 1 or args.batch < 1:
-        p.error("--n, --steps and --batch are at least 1")
+    args.steps = args.steps or (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
+    if min(args.n, args.steps, args.batch, args.draws) < 1 or args.agree < 0:
+        p.error("--n, --steps, --batch and --draws are at least 1, --agree at least 0")
     return args
 
 
@@ -98,7 +106,7 @@ def gather(args, data):
 def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
-            "ckpt")
+            "ckpt", "scorer", "draws", "budget", "agree")
     settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
     path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
     before = json.loads(path.read_text()) if path.exists() else settings
@@ -170,7 +178,11 @@ def sheet(groups, by, path, side=136, most=6):
             write(gap + 8, y + 10, words, bold, "black", 17, 9)
         for c, row in enumerate(rows):
             x = 2 * gap + (c + 1) * (side + gap)
-            page.paste(frame(path.parent / row["picture"], side), (x, y))
+            if row["picture"]:
+                page.paste(frame(path.parent / row["picture"], side), (x, y))
+            else:
+                pen.rectangle((x, y, x + side, y + side), "#eceae4")
+                write(x + 8, y + 10, "not drawn", font, "#999")
             if c == 0:
                 pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), outline="#d9a300", width=4)
             write(x, y + side + 6, f"{c + 1}.  {by} {row['scores'][by]:.3f}", bold, "#a07800" if c == 0 else "#666")
@@ -204,7 +216,8 @@ def page(groups, by, direction, note, path):
                    "</figure>")
         for c, row in enumerate(rows):
             scores = "<br>".join(f"{html.escape(k)} {v:.3f}" for k, v in row["scores"].items() if v is not None)
-            out.append(f"<figure{' class=best' if c == 0 else ''}>{image(path.parent / row['picture'])}"
+            drawn = image(path.parent / row["picture"]) if row["picture"] else ""
+            out.append(f"<figure{' class=best' if c == 0 else ''}>{drawn}"
                        f"<b>{c + 1}.</b> {html.escape(row['caption'])}<small>{scores}</small></figure>")
         out.append("</div></section>")
     path.write_text("\n".join(out) + "\n<p><small>ranked by " + html.escape(by) + "</small></html>\n")
@@ -218,16 +231,97 @@ def rows_of(item, b, talk, args, direction, scores):
     import data
     stem = Path(item.name).stem[:40] if direction == IMAGE else "sentence"
     stem += "-" + hashlib.sha1(item.name.encode()).hexdigest()[:8]
-    rows = []
+    rows, only = [], None
+    if args.scorer == "denoise" and direction == IMAGE:                       # only the winner is drawn
+        only = int(scores["denoise"][b].argmax())
     for j in range(args.n):
-        picture = f"pictures/{stem}-{j}.png"
-        data.save_image(talk.images[b, j], args.out / picture)
+        picture = f"pictures/{stem}-{j}.png" if only in (None, j) else None
+        if picture:
+            data.save_image(talk.images[b, j], args.out / picture)
         values = {name: float(score[b][j]) for name, score in scores.items()}
+        error = {"error": round(values.pop("denoise error"), 6)} if "denoise error" in values else {}
         rows.append({"item": item.name, "direction": direction, "candidate": j,
                      "input": str(item.path or item.captions[0]), "caption": talk.captions[b][j], "picture": picture,
-                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4),
+                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4), **error,
                      "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in values.items()}})
     return rows
+
+
+def converse(args, direction, cycle, captioner, generator, judges, ready, agree):
+    """The Talk of some items under --scorer. Its columns: the likenesses of the full cycle, `denoise`, and for items
+    to agree on `NAME again`, the full cycle under another seed. Nan where an item was not scored that way."""
+    import torch
+    values, names = [v for _, v in ready], [x.name for x, _ in ready]
+    said = {"way": args.way} if direction == IMAGE else None
+    draw = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch}
+    whole = cycle.image_text_image if direction == IMAGE else cycle.text_image_text
+    if args.scorer == "few":
+        cycle.few_steps(generator)
+    if args.scorer != "denoise":
+        talk = whole(captioner, generator, values, args.n, judges.pairs, args.seed, names, said, draw)
+    else:
+        if direction == IMAGE:
+            captions, likelihood = captioner.speak(values, args.n, seed=args.seed, items=names, **said)
+            found = [cycle.score(generator, v[None], c, args.draws, args.budget, args.seed, k, batch=args.batch)
+                     for v, c, k in zip(values, captions, names)]
+            best = [c[int(f.score.argmax())] for c, f in zip(captions, found)]
+            pictures = generator.draw(best, names, args.seed, **draw)[:, None].expand(-1, args.n, -1, -1, -1)
+        else:
+            pictures = generator.draw([v for v in values for _ in range(args.n)], seed=args.seed,
+                                      items=[(k, j) for k in names for j in range(args.n)], **draw)
+            pictures = pictures.unflatten(0, (len(values), args.n))
+            found = [cycle.score(generator, p, [v], args.draws, args.budget, args.seed, k, batch=args.batch)
+                     for v, p, k in zip(values, pictures, names)]
+            captions, likelihood = [[v] * args.n for v in values], torch.full((len(values), args.n), torch.nan)
+        talk = cycle.Talk(captions, pictures, likelihood, {"denoise": torch.stack([f.score for f in found]),
+                                                           "denoise error": torch.stack([f.gap for f in found])})
+    nan = torch.full((len(values), args.n), torch.nan, dtype=torch.float64)
+    for again in (False, True):
+        if not any(agree) or not again and args.scorer == "full" or direction == TEXT:
+            continue
+        some, seed = [i for i, a in enumerate(agree) if a], args.seed + again * 7919
+        kept, steps = generator.pipe.scheduler, draw | {"steps": 50}
+        generator.pipe.scheduler = generator.scheduler                  # the checkpoint's own, not --scorer few's
+        texts = [(names[i], c) for i in some for c in talk.captions[i]]
+        drawn = generator.draw([c for _, c in texts], [k for k, _ in texts], seed, **steps)
+        generator.pipe.scheduler = kept
+        for name, f in judges.pairs.items():
+            column = talk.scores.setdefault(f"{name} {'again' if again else 'full'}", nan.clone())
+            for i, echo in zip(some, drawn.unflatten(0, (len(some), args.n))):
+                column[i] = torch.as_tensor(f(echo, values[i][None])).double()
+    return talk
+
+
+def agreement(groups, items, by, metrics):
+    """Lines: how each score agrees with the full cycle's first likeness on the items scored both ways: the same chosen
+    caption, Kendall's tau, the CIDEr gain beside its own. The ceiling is the full cycle under another seed."""
+    import numpy as np
+    from scipy.stats import kendalltau
+    columns = list(next(iter(groups.values()))[0]["scores"])
+    other = next((k for k in columns if k.endswith(" again")), None)
+    if other is None:
+        return ["--agree needs pictures as inputs"]
+    full = other.removesuffix(" again") + (" full" if other.replace(" again", " full") in columns else "")
+    groups = {k: v for k, v in groups.items() if v[0]["scores"][other] is not None}
+    references = {x.name: x.captions for x in items if len(x.captions) > 1}
+    gain = {}
+    if len(references) > 1 and set(groups) <= set(references):
+        df = metrics.document_frequency(list(references.values()))
+        quality = [100 * metrics.cider([r["caption"] for r in v], [references[k]] * len(v), df)
+                   for k, v in groups.items()]
+        gain = {c: metrics.choices(quality, [[value(r, c) for r in v] for v in groups.values()])["gain"]
+                for c in columns}
+    lines = [f"agreement with {full} on {len(groups)} items:"]
+    for name in columns:
+        if name == full or name.endswith(" full"):
+            continue
+        a, b = ([[value(r, c) for r in v] for v in groups.values()] for c in (name, full))
+        top = np.mean([v[np.argmax(x)]["caption"] == v[np.argmax(y)]["caption"]
+                       for x, y, v in zip(a, b, groups.values())])
+        tau = np.nanmean([kendalltau(x, y).statistic for x, y in zip(a, b) if len(set(x)) > 1 < len(set(y))])
+        lines.append(f"  {name:16s} same first choice {top:.2f}   Kendall tau {tau:+.2f}"
+                     + (f"   CIDEr gain {gain[name]:+.1f} of {gain[full]:+.1f}" if gain else ""))
+    return lines
 
 
 def value(row, name):
@@ -295,7 +389,9 @@ def main(args):
         generator = cycle.Generator.load(args.generator, args.device, args.dtype)
         if args.ckpt:
             cycle.adopt(args.ckpt, captioner, generator)
-    skipped, chunk = [], max(1, args.batch // args.n)
+        if args.scorer == "denoise" and generator.unet is None:
+            raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion; --scorer full draws with it")
+    skipped, chunk, both = [], max(1, args.batch // args.n), {x.name for x in items[:args.agree]}
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):
         ready = []
@@ -305,10 +401,8 @@ def main(args):
             except ValueError as e:
                 skipped.append(str(e))
         if ready:
-            talk = (cycle.image_text_image if direction == IMAGE else cycle.text_image_text)(
-                captioner, generator, [v for _, v in ready], args.n, judges.pairs, args.seed,
-                [x.name for x, _ in ready], {"way": args.way} if direction == IMAGE else None,
-                {"steps": args.steps, "guidance": args.guidance, "batch": args.batch})
+            agree = [x.name in both for x, _ in ready]
+            talk = converse(args, direction, cycle, captioner, generator, judges, ready, agree)
             scores = dict(talk.scores)
             if judges.clipscore:                                # the baseline without a cycle: candidate against input
                 scores["clipscore"] = torch.stack([torch.as_tensor(
@@ -335,7 +429,7 @@ def main(args):
     if not groups:
         raise ValueError(f"none of the {len(items)} pictures could be read")
     names = list(next(iter(groups.values()))[0]["scores"])
-    by = args.by or next(k for k in names if k in judges.pairs)
+    by = args.by or ("denoise" if args.scorer == "denoise" else next(k for k in names if k in judges.pairs))
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     finish(path, [r for k in dict.fromkeys([*groups, *done]) for r in ranked(done[k])])
@@ -354,6 +448,8 @@ def main(args):
             print(f"  {r['rank'][by] + 1:2d}  {by} {value(r, by):7.3f}  log p {r['likelihood']:7.2f}  {r['caption']}")
     print()
     for line in worth(groups, items, names, metrics) if direction == IMAGE else ():
+        print(line)
+    for line in agreement(groups, items, by, metrics) if args.agree else ():
         print(line)
     print(f"{len(groups)} of {len(items)} inputs done, {len(skipped)} skipped; look at {args.out / 'index.html'} "
           f"and {args.out / 'sheet.png'}")

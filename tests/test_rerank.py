@@ -134,3 +134,34 @@ def test_two_processes_share_the_work(finished, tmp_path):
                     "--steps", "2", "--limit", "3", "--device", "cpu", "--out", str(tmp_path / "out")], cwd=ROOT,
                    check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert core(tmp_path / "out") == core(finished)
+
+
+# ---------------------------------------------------------------- cheaper scorers
+def test_denoise_draws_only_the_winner_and_agrees(tmp_path, capsys):
+    argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--scorer", "denoise", "--draws", "4",
+            "--likeness", "pixel", "--agree", "2", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags(argv)) == 0
+    rows = [json.loads(x) for x in (tmp_path / "candidates.jsonl").read_text().splitlines()]
+    out = capsys.readouterr().out
+    assert len(rows) == 9 and len(list((tmp_path / "pictures").iterdir())) == 3
+    best = json.loads((tmp_path / "best.json").read_text())
+    for item in {r["item"] for r in rows}:
+        some = [r for r in rows if r["item"] == item]
+        winner = max(some, key=lambda r: r["scores"]["denoise"])
+        assert winner["picture"] == best[item]["picture"] and winner["caption"] == best[item]["caption"]
+        assert sum(r["picture"] is not None for r in some) == 1 and all(r["error"] >= 0 for r in some)
+    assert sum(r["scores"]["pixel full"] is not None for r in rows) == 6
+    assert "agreement with pixel full on 2 items" in out and "pixel again" in out and "Kendall tau" in out
+    assert "not drawn" not in (tmp_path / "index.html").read_text() and (tmp_path / "sheet.png").exists()
+
+
+def test_few_and_text_by_denoising(tmp_path):
+    few = ["--limit", "1", "--n", "2", "--device", "cpu", "--likeness", "pixel", "--scorer", "few"]
+    assert rerank.flags(few).steps == 8
+    assert rerank.main(rerank.flags([*few, "--out", str(tmp_path / "few")])) == 0
+    argv = ["a red ring", "--n", "3", "--steps", "3", "--device", "cpu", "--scorer", "denoise", "--likeness", "sbert",
+            "--out", str(tmp_path / "text")]
+    assert rerank.main(rerank.flags(argv)) == 0
+    rows = [json.loads(x) for x in (tmp_path / "text/candidates.jsonl").read_text().splitlines()]
+    assert all(r["picture"] and r["caption"] == "a red ring" for r in rows)
+    assert len({r["scores"]["denoise"] for r in rows}) == 3
