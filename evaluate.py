@@ -451,10 +451,17 @@ def main(args):
                 metrics)
             notes += more
         if drawn:
-            here = [x for x in items if x.name in drawn]
-            pictures = [data.open_image(args.out / drawn[x.name]["picture"]) for x in here]
-            results["images"], more = picture_scores(pictures, [data.open_image(x.path) for x in here],
-                                                     [x.domain for x in here], args, metrics)
+            here = []
+            for x in items:
+                try:
+                    if x.name in drawn:
+                        here.append((data.open_image(args.out / drawn[x.name]["picture"]), data.open_image(x.path),
+                                     x.domain))
+                except ValueError as e:
+                    notes.append(f"skipped {e}")
+            if not here:
+                raise ValueError(f"none of the {len(items)} pictures can be read")
+            results["images"], more = picture_scores(*zip(*here), args, metrics)
             notes += more
             if args.ci:
                 notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: "
@@ -475,6 +482,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         sys.exit(main(flags()))
-    except ValueError as e:
-        print(f"evaluate.py: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:
+        print(f"evaluate.py: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

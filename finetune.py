@@ -487,6 +487,6 @@ def length(trained, side):
 if __name__ == "__main__":
     try:
         sys.exit(main(flags()))
-    except ValueError as e:
-        print(f"finetune.py: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:
+        print(f"finetune.py: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

@@ -190,3 +190,14 @@ def test_what_is_missing_is_told(capsys):
     assert ROOT and "needs --data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no data set at nowhere"):
         evaluate.items_of(evaluate.flags(["--data", "nowhere"]), data)
+
+
+def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
+    for i in range(4):
+        data.save_image(images[i], tmp_path / f"set/{i}.png")
+    (tmp_path / "set/2.png").write_text("no picture")
+    (tmp_path / "set/metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": f"{i}.png", "text": f"a {c} ring"}) + "\n" for i in range(4) for c in ("red", "blue")))
+    results = run(tmp_path / "out", "--data", tmp_path / "set", "--steps", 2)
+    assert results["captions"]["all"]["n"] == results["images"]["all"]["n"] == 3
+    assert "2.png is not a picture" in " ".join(results["notes"]) and "2.png" in capsys.readouterr().err
