@@ -249,7 +249,7 @@ def adopt(checkpoint, captioner=None, generator=None):
     Its tensors are named captioner.* and generator.*, as in the models' own state. Raises ValueError where they do
     not fit, and changes nothing then.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
@@ -268,6 +268,10 @@ def adopt(checkpoint, captioner=None, generator=None):
             moves.append((own[name], tensors[key]))
     for parameter, value in moves:
         parameter.data.copy_(value)
+    with safe_open(path, "pt") as f:
+        side = json.loads((f.metadata() or {}).get("header", "{}")).get("settings", {}).get("side")
+    if side and captioner is not None:
+        captioner.size = (side, side)                        # it goes on seeing what it was trained to see
     return len(moves)
 
 
@@ -467,7 +471,8 @@ class Captioner2(Captioner):
         self.head = self.decoder.get_output_embeddings()
 
     def look(self, images):
-        return self.model.get_image_features(self.pixels(images)).pooler_output
+        pixels, own = self.pixels(images), self.model.config.vision_config.image_size
+        return self.model.get_image_features(pixels, interpolate_pos_encoding=pixels.shape[-1] != own).pooler_output
 
     def memory(self):
         from transformers import DynamicCache

@@ -213,7 +213,7 @@ def fetch(url, path, md5=None, tries=5, wait=1.0):
             reason = str(e) or type(e).__name__
         time.sleep(wait * attempt)
     else:
-        raise ValueError(f"{url}: cut {tries} times ({reason}); what came is kept, run this again")
+        raise ValueError(f"{url}: {tries} tries failed ({reason}); what came is kept, run this again")
     if said:
         with open(part, "rb") as f:
             found = hashlib.file_digest(f, "md5").hexdigest()

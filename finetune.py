@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
 TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge", "batch", "lr", "clip",
-            "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype")
+            "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
@@ -40,6 +40,7 @@ def flags(argv=None):
     p.add_argument("--weights", nargs="+", type=float, help="a weight for each of --losses; default 1, as in Eq. 5")
     p.add_argument("--unfreeze", nargs=2, default=["q", "q"], choices=["q", "kv", "qkv", "none"],
                    metavar=("CAPTIONER", "GENERATOR"), help="projections of cross-attention to train: q kv qkv none")
+    p.add_argument("--side", type=int, help="pixels a side that BLIP-2 sees; default 384 of blip2 (the paper's)")
     p.add_argument("--bridge", default="anchored", choices=["anchored", "plain", "word"], help="plain is the paper's")
     p.add_argument("--lr", type=float, default=1e-4, help="of AdamW")
     p.add_argument("--batch", type=int, default=8, help="samples a step, of all processes together")
@@ -69,6 +70,7 @@ def flags(argv=None):
     args.generator = args.generator or ("miniature" if args.captioner == "miniature" else "sd14")
     args.data = args.data or ("miniature" if args.captioner == "miniature" else None)
     args.steps = args.steps or (1000 if args.data == "miniature" else None)
+    args.side = args.side or (384 if args.captioner == "blip2" else None)
     args.chunk = args.chunk or (8 if args.captioner == "miniature" else 1)
     args.losses = [name for name in LOSSES if name in args.losses]
     args.weights = args.weights or [1.0] * len(args.losses)
@@ -328,6 +330,10 @@ def main(args):
         raise ValueError(f"{samples.name}: less than one --batch of {args.batch}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
     generator = cycle.Generator.load(args.generator, device, dtype)
+    if args.side:
+        if not isinstance(captioner, cycle.Captioner2):
+            raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")
+        captioner.size = (args.side, args.side)
     trained = unfreeze(captioner, generator, args)
     adam = torch.optim.AdamW(trained.values(), lr=args.lr)
     if args.checkpointing:

@@ -155,7 +155,7 @@ def test_a_cut_download_goes_on(server, tmp_path, ranges):
 
 def test_a_download_that_stays_cut_is_kept(server, tmp_path):
     server.files["a.bin"], server.cut = b"x" * 1000, 100
-    with pytest.raises(ValueError, match="cut 3 times .300 of 1000 bytes.*run this again"):
+    with pytest.raises(ValueError, match="3 tries failed .300 of 1000 bytes.*run this again"):
         data.fetch(server.url + "a.bin", tmp_path / "a.bin", tries=3, wait=0)
     server.cut = 10 ** 9
     assert data.fetch(server.url + "a.bin", tmp_path / "a.bin").stat().st_size == 1000

@@ -234,6 +234,14 @@ def test_a_blip2_trains_its_query_tokens_and_nothing_else(blip2, tmp_path, monke
     before, after = load(blip2, "cpu").model.state_dict(), kept[0].model.state_dict()
     assert [k for k in before if not torch.equal(before[k], after[k])] == ["query_tokens"]
     assert all(log(tmp_path)[0][k] > 0 for k in losses.NAMES)
+    wide = ["--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1, "--side", 42]
+    run(tmp_path / "wide", *wide)
+    assert log(tmp_path / "wide")[0]["tg"] != log(tmp_path)[0]["tg"] and kept[1].size == (42, 42)
+    ours = load(blip2, "cpu")
+    cycle.adopt(tmp_path / "wide", ours)
+    assert ours.pixels(torch.zeros(1, 3, 9, 9)).shape[-1] == 42               # and where it is used, likewise
+    with pytest.raises(ValueError, match="--side is for BLIP-2"):
+        run(tmp_path / "no", "--side", 64, "--steps", 1)
     with pytest.raises(ValueError, match="query tokens are trained: q or none"):
         run(tmp_path / "kv", "--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1,
             "--unfreeze", "kv", "q")
