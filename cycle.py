@@ -90,57 +90,78 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
 @dataclass
 class Denoised:
     """What the generator's denoising loss says of n candidates: score (n,) float64, higher = better; error (n,), the
-    standard error of each score; gap (n,), that of its difference to the best; evaluations of the UNet."""
+    standard error of each score; gap (n,), that of its difference to the best; evaluations of the UNet; and what all
+    this comes from, loss (draws, n) float64 (nan after a candidate dropped out) at timesteps (draws,)."""
     score: torch.Tensor
     error: torch.Tensor
     gap: torch.Tensor
     evaluations: int
+    loss: torch.Tensor
+    timesteps: torch.Tensor
 
 
-def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, span=(0.3, 1.0), batch=64):
+def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, span=(0.3, 1.0), batch=64, empty=None):
     """How well the generator denoises image under caption (Eq. 3 as a score): Denoised, of n candidates.
 
-    One image and n captions, or n images and one caption; the latter subtracts the loss under the empty caption, since
-    images differ in how hard they are. All candidates meet the same `draws` pairs of timestep and noise: stratified
-    over `span` of the schedule (the default was chosen on the miniature's val: with little noise the text hardly
-    matters), a function of (seed, item). budget: UNet evaluations at most, spent by successive
-    halving: each round the worse half of the captions drops out; who dropped out is ranked by its difference to the
-    winner on the draws they share. Equal captions are scored once. Nothing is drawn or decoded, there is no guidance.
+    One image and n captions; n images and one caption; or n images, each with its own caption. All candidates meet the
+    same `draws` pairs of timestep and noise: stratified over `span` of the schedule (the default was chosen on the
+    miniature's val: with little noise the text hardly matters), a function of (seed, item). empty: subtract the loss
+    under the empty caption, so that scores of different images compare; default where there are several images.
+    budget: UNet evaluations at most, spent by successive halving among the captions of one image: each round the worse
+    half drops out; who dropped out is ranked by its difference to the winner on the draws they share. Equal captions
+    of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for other counts.
     """
-    if min(len(images), len(captions)) != 1:
-        raise ValueError(f"{len(images)} images and {len(captions)} captions: one of them must be one")
-    by_image = len(captions) == 1 < len(images)
-    wanted = list(dict.fromkeys(captions))
+    n = max(len(images), len(captions))
+    if not {len(images), len(captions)} <= {1, n}:
+        raise ValueError(f"{len(images)} images and {len(captions)} captions: as many of both, or one of one kind")
+    several = len(images) > 1
+    empty = several if empty is None else empty
+    wanted = list(captions) if several else list(dict.fromkeys(captions))
+    place = list(range(n)) if several else [wanted.index(c) for c in captions]
     with torch.no_grad():
-        states = generator.states(wanted + [""] * by_image)                               # (k, T, D)
+        states, nothing = generator.states(wanted), generator.states([""])                # (k or 1, T, D)
         latents = generator.encode(images)[0].float()                                     # (1 or n, C, h, w)
-        alive, errors = list(range(len(images) if by_image else len(wanted))), []
-        rounds = max(1, (len(alive) - 1).bit_length()) if budget and not by_image else 1
-        spent, drawn, total = 0, 0, draws if not budget else None
+        width, parts, times = max(place) + 1, [], []
+        alive, spent = list(range(width)), 0
+        rounds = max(1, (width - 1).bit_length()) if budget and not several else 1
         for r in range(rounds):
-            more = total or max(1, (budget - spent) // ((rounds - r) * len(alive) * (1 + by_image)))
+            price = len(alive) + (len(latents) if empty else 0)                           # of one draw
+            more = max(1, (budget - spent) // ((rounds - r) * price)) if budget else draws
             t, noise = pairs(generator, latents, more, r, seed, item, span)
-            rows = latents[alive] if by_image else latents.expand(len(alive), -1, -1, -1)
-            loss = denoising(generator, rows, states[:1] if by_image else states[alive], t, noise, batch)
-            if by_image:
-                loss = loss - denoising(generator, rows, states[1:], t, noise, batch)
-            spent, drawn = spent + loss.numel() * (1 + by_image), drawn + more
-            full = loss.new_full((more, len(images) if by_image else len(wanted)), torch.nan)
-            full[:, alive] = loss
-            errors.append(full)
+            some = states if several else states[alive]
+            loss = denoising(generator, latents, some, t, noise, batch)                   # (draws, alive)
+            if empty:
+                loss = loss - denoising(generator, latents, nothing, t, noise, batch)
+            spent += more * price
+            parts.append(loss.new_full((more, width), torch.nan))
+            parts[-1][:, alive] = loss
+            times.append(t)
             if r + 1 < rounds:
-                sums = torch.cat(errors)[:, alive].mean(0)
+                sums = torch.cat(parts)[:, alive].mean(0)
                 alive = sorted(alive[i] for i in sums.argsort()[:(len(alive) + 1) // 2].tolist())
-    loss = torch.cat(errors)                                                              # (draws, k)
+    loss = torch.cat(parts)
     best = min(alive, key=lambda j: loss[:, j].mean().item())
-    apart = loss - loss[:, [best]]                                                        # nan after dropping out
+    apart = loss - loss[:, [best]]
     count = (~apart.isnan()).sum(0)
     value = loss[:, best].mean() + apart.nanmean(0)
-    deviation = (apart - apart.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1)
-    own = (loss - loss.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1)
-    place = list(range(len(images))) if by_image else [wanted.index(c) for c in captions]
-    error, gap = (x.div(count).sqrt()[place].cpu() for x in (own, deviation))
-    return Denoised(-value[place].cpu(), error, gap, spent)
+    error, gap = (((x - x.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1) / count).sqrt()[place].cpu()
+                  for x in (loss, apart))
+    return Denoised(-value[place].cpu(), error, gap, spent, loss[:, place].cpu(), torch.cat(times).cpu())
+
+
+def words(generator, image, caption, draws=24, seed=0, item=0, span=(0.1, 0.6), batch=64):
+    """What each word adds: [(word, contribution, standard error)], in order, of one image (3, H, W) and its caption.
+
+    The contribution is how much the denoising loss grows when the word is dropped, under the same timesteps and noise.
+    Positive: the word explains the picture; negative: the picture is better explained without it. The span was chosen
+    on the miniature's val: with more noise than that, a wrong object still explains that there is one.
+    """
+    said = caption.split()
+    without = [" ".join(said[:i] + said[i + 1:]) for i in range(len(said))]
+    found = score(generator, image[None], [caption, *without], draws, None, seed, item, span, batch)
+    change = found.loss[:, 1:] - found.loss[:, :1]                                         # (draws, words)
+    error = change.std(0, correction=min(1, draws - 1)) / draws ** .5
+    return list(zip(said, change.mean(0).tolist(), error.tolist()))
 
 
 def pairs(generator, latents, draws, part, seed, item, span):
@@ -153,12 +174,13 @@ def pairs(generator, latents, draws, part, seed, item, span):
 
 
 def denoising(generator, latents, states, t, noise, batch):
-    """Mean squared errors of k candidates at each draw: (draws, k) float64. What the UNet computes before it looks at
-    the text is computed once a draw where the candidates share their image."""
+    """Mean squared errors of k candidates at each draw, (draws, k) float64, of k latents or one and k states or one.
+    What the UNet computes before it looks at the text is computed once a draw where the candidates share their image.
+    """
     scheduler, k = generator.scheduler, max(len(latents), len(states))
     a = scheduler.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1).float()
     out, step = [], max(1, batch // k)
-    shared = len(states) == k and (len(latents) == 1 or latents.stride(0) == 0)
+    shared, latents = len(latents) == 1, latents.expand(k, -1, -1, -1)
     for i in range(0, len(t), step):
         s, e = a[i:i + step, None], noise[i:i + step, None]                                # (d, 1, C, h, w)
         x = s.sqrt() * latents[None] + (1 - s).sqrt() * e
@@ -547,9 +569,11 @@ class Generator:
         return torch.cat(done)
 
     def too_long(self, captions):
-        """How many captions have more tokens than the text encoder reads; what stands beyond is not drawn."""
+        """Which captions have more tokens than the text encoder reads, and are drawn without the rest: [bool]."""
+        if self.tokenizer is None or not captions:
+            return [False] * len(captions)
         most = self.tokenizer.model_max_length
-        return sum(len(ids) > most for ids in self.tokenizer(list(captions), verbose=False).input_ids)
+        return [len(ids) > most for ids in self.tokenizer(list(captions), verbose=False).input_ids]
 
     # the parts, for training and for scoring without drawing (Stable Diffusion only)
     @property

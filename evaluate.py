@@ -4,7 +4,7 @@
     python evaluate.py --captioner vitb --data data/nocaps   # Table 3 on NoCaps, by domain; --data data/coco: Karpathy
     python evaluate.py --ckpt out/finetune                   # the same of a trained pair
     python evaluate.py --score captions.json --refs refs.json               # scores of given captions, no model
-    python evaluate.py --label-free --images DIR --captions captions.json   # a score without references, by drawing
+    python evaluate.py --label-free --images DIR --captions captions.json   # a score without references
     python evaluate.py --findings out/rerank                 # Tables 1, 2 and Figures 3, 4 of a rerank's candidates
 
 Writes into --out: captions.jsonl and pictures (work that is kept: run again, it goes on), results.json and table.txt.
@@ -48,10 +48,10 @@ def flags(argv=None):
     p.add_argument("--score", type=Path, metavar="FILE", help="captions: a COCO result file, or {image: caption}")
     p.add_argument("--refs", type=Path, metavar="FILE", help="references: COCO annotations, Karpathy rows, NoCaps, or "
                    "{image: [captions]}")
-    p.add_argument("--labelfree", "--label-free", action="store_true", help="score --captions by drawing them")
+    p.add_argument("--labelfree", "--label-free", action="store_true", help="score --captions by the generator's loss")
     p.add_argument("--images", type=Path, metavar="DIR", help="pictures of --label-free")
     p.add_argument("--captions", type=Path, metavar="FILE", help="captions of --label-free, as --score takes them")
-    p.add_argument("--seeds", type=int, default=4, help="drawings of each caption in --label-free")
+    p.add_argument("--draws", type=int, default=12, help="noises of each caption in --label-free")
     p.add_argument("--findings", type=Path, metavar="OUT", help="a rerank's folder; with its --data and --split")
     p.add_argument("--out", type=Path, default=Path("out/evaluate"), help="folder for what comes out")
     args = p.parse_args(argv)
@@ -216,10 +216,12 @@ def work(args, items, data, cycle, torch):
                                            [x.name for x, _ in ready])[0] if ready else []
                     lines = [{"item": x.name, "caption": row[0]} for (x, _), row in zip(ready, said)]
                 else:
+                    long = getattr(generator, "too_long", lambda captions: [False] * len(captions))
+                    cut = long([x.captions[0] for x in some])
                     drawn = generator.draw([x.captions[0] for x in some], [x.name for x in some], args.seed,
                                            args.steps, args.guidance, args.batch)
-                    lines = [{"item": x.name, "picture": f"pictures/{re.sub(r'[^0-9A-Za-z_.-]', '_', x.name)}.png"}
-                             for x in some]
+                    lines = [{"item": x.name, "picture": f"pictures/{re.sub(r'[^0-9A-Za-z_.-]', '_', x.name)}.png",
+                              "cut": c} for x, c in zip(some, cut)]
                     for line, picture in zip(lines, drawn):
                         data.save_image(picture, args.out / line["picture"])
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -284,33 +286,40 @@ def score(args, metrics):
 
 
 def label_free(args, data, cycle, metrics):
-    """The likeness of each given caption's drawings to its image, over seeds: mean and standard error; the corpus."""
+    """How much each given caption helps the generator to denoise its picture (cycle.score): value and standard error,
+    and the mean of all. No reference, nothing is drawn; every picture meets the same timesteps and noise."""
     import numpy as np
-    import torch
     from tqdm import tqdm
     said = captions_in(args.captions)
     items = [x for x in data.read(args.images) if key(x.name) in said]
     if not items:
         raise ValueError(f"no picture of {args.images} is named in {args.captions}")
-    judges = metrics.likenesses(["clip", "dino", "pixel"], "image", args.judges, args.device)
-    name, alike = next(iter(judges.pairs.items()))
     generator = cycle.Generator.load(args.generator, args.device, args.dtype)
+    if getattr(generator, "unet", None) is None:
+        raise ValueError(f"--label-free: {args.generator} is no Stable Diffusion, it has no denoising loss")
     if args.ckpt:
         cycle.adopt(args.ckpt, None, generator)
-    rows, size = [], max(1, args.batch // args.seeds)
-    for i in tqdm(range(0, len(items), size), desc="drawings"):
-        some = items[i:i + size]
-        wanted = [(x, j) for x in some for j in range(args.seeds)]
-        drawn = generator.draw([said[key(x.name)] for x, _ in wanted], [(x.name, j) for x, j in wanted], args.seed,
-                               args.steps, args.guidance, args.batch).unflatten(0, (len(some), args.seeds))
-        for x, pictures in zip(some, drawn):
-            values = torch.as_tensor(alike(pictures, data.open_image(x.path)[None])).double()
-            error = (values.std() / len(values) ** .5).item() if len(values) > 1 else None
-            rows.append({"item": x.name, "caption": said[key(x.name)], "score": values.mean().item(), "error": error})
+    rows, notes, cut = [], [], 0
+    for i in tqdm(range(0, len(items), args.batch), desc="scores"):
+        ready = []
+        for x in items[i:i + args.batch]:
+            try:
+                ready.append((x.name, data.open_image(x.path), said[key(x.name)]))
+            except ValueError as e:
+                notes.append(f"skipped {e}")
+        if ready:
+            names, images, captions = zip(*ready)
+            cut += sum(generator.too_long(captions))
+            found = cycle.score(generator, images, captions, args.draws, seed=args.seed, batch=args.batch, empty=True)
+            rows += [{"item": n, "caption": c, "score": s, "error": e}
+                     for n, c, s, e in zip(names, captions, found.score.tolist(), found.error.tolist())]
+    if not rows:
+        raise ValueError(f"none of the {len(items)} pictures can be read")
     low, high = metrics.interval([r["score"] for r in rows])
-    notes = [f"no {k.upper()}: {v}" for k, v in judges.absent.items()]
-    return {"label_free": {"likeness": name, "n": len(rows), "seeds": args.seeds, "mean": float(np.mean(
-        [r["score"] for r in rows])), "low": low, "high": high, "items": rows}}, notes
+    notes += [f"{cut} captions are longer than the text encoder reads: scored without their ends"] * bool(cut)
+    return {"label_free": {"score": "denoising loss under the empty caption - under the caption", "n": len(rows),
+                           "draws": args.draws, "mean": float(np.mean([r["score"] for r in rows])), "low": low,
+                           "high": high, "items": rows}}, notes
 
 
 # ---------------------------------------------------------------- Tables 1 and 2, Figures 3 and 4
@@ -403,9 +412,9 @@ def report(results):
         lines.append(table("pictures", results["images"], PICTURES))
     if "label_free" in results:
         r = results["label_free"]
-        lines += [f"{x['score']:.4f} +- {x['error'] or math.nan:.4f}  {x['item']}: {x['caption']}" for x in r["items"]]
-        lines.append(f"mean {r['likeness']} likeness of {r['n']} images over {r['seeds']} seeds: {r['mean']:.4f} "
-                     f"[{r['low']:.4f}, {r['high']:.4f}]")
+        lines += [f"{x['score']:+.4f} +- {x['error']:.4f}  {x['item']}: {x['caption']}" for x in r["items"]]
+        lines.append(f"mean of {r['n']} images, {r['draws']} draws each ({r['score']}): {r['mean']:+.4f} "
+                     f"[{r['low']:+.4f}, {r['high']:+.4f}]")
     for name, rows in results.get("findings", {}).items():
         for domain, c in rows.items():
             low, high = c["interval"]
@@ -461,6 +470,8 @@ def main(args):
                     notes.append(f"skipped {e}")
             if not here:
                 raise ValueError(f"none of the {len(items)} pictures can be read")
+            cut = sum(row.get("cut", False) for row in drawn.values())
+            notes += [f"{cut} captions are longer than the text encoder reads: drawn without their ends"] * bool(cut)
             results["images"], more = picture_scores(*zip(*here), args, metrics)
             notes += more
             if args.ci:

@@ -2,6 +2,7 @@
 
     python miniature.py                     # everything; resumes where it was killed
     python miniature.py --parts vae unet    # some parts, in this order (two processes of one thread use two cores best)
+    python miniature.py --parts splits --out set --count 500    # a larger set with references: 500 pictures a domain
     python miniature.py --check             # measures the shipped models on held-out scenes
 
 Each part is a stock class trained on pictures and captions of world.py, saved as an ordinary Hugging Face directory in
@@ -37,6 +38,7 @@ def flags(argv=None):
     p.add_argument("--scale", type=float, default=1.0, help="factor on pictures and training steps; tests use 0.002")
     p.add_argument("--threads", type=int, default=1, help="processor threads of this process")
     p.add_argument("--check", action="store_true", help="measure what is in --out instead of training")
+    p.add_argument("--count", type=int, help="pictures a split in `splits`; default what is shipped")
     p.add_argument("--scenes", type=int, default=300, help="held-out scenes a domain for --check")
     p.add_argument("--steps", type=int, default=50, help="denoising steps for --check")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance for --check")
@@ -563,6 +565,7 @@ def sheet(images, path, columns):
 def main(args):
     import torch
     torch.set_num_threads(args.threads)
+    SHIPPED.update({split: args.count or count for split, count in SHIPPED.items()})
     POOL.update({split: max(100, int(count * args.scale)) for split, count in POOL.items()})
     args.work.mkdir(parents=True, exist_ok=True)
     if args.check:

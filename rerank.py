@@ -7,6 +7,8 @@
     python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen, oracle too
     python rerank.py --scorer denoise                            # no drawing: the generator's denoising loss decides
     python rerank.py --scorer denoise --agree 20                 # and how well that agrees with the full cycle
+    python rerank.py --words                                     # which words of the chosen caption explain the picture
+    python rerank.py --pairs trl --margin .02                    # preference pairs for DPO, of the candidates
 
 Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood, every likeness, ranks),
 best.json, sheet.png and index.html. Run again, it goes on where it stopped; another --by ranks again without redoing.
@@ -39,6 +41,10 @@ def flags(argv=None):
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
     p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, spent by halving")
     p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
+    p.add_argument("--words", action="store_true", help="what each word of the chosen caption adds (denoising loss)")
+    p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: captions for TRL's DPO (JSON "
+                   "lines), or pictures for Diffusion-DPO (parquet)")
+    p.add_argument("--margin", type=float, default=0.0, help="in --pairs, scores at most this far apart are ties")
     p.add_argument("--way", default="top-p", help="how captions are sampled: top-p, top-k, temperature, typical, beam")
     p.add_argument("--steps", type=int, help="denoising steps a picture; default 50, or 8 of --scorer few")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
@@ -58,8 +64,8 @@ def flags(argv=None):
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
     args.steps = args.steps or (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
-    if min(args.n, args.steps, args.batch, args.draws) < 1 or args.agree < 0:
-        p.error("--n, --steps, --batch and --draws are at least 1, --agree at least 0")
+    if min(args.n, args.steps, args.batch, args.draws) < 1 or args.agree < 0 or not args.margin >= 0:
+        p.error("--n, --steps, --batch and --draws are at least 1, --agree and --margin at least 0")
     return args
 
 
@@ -77,14 +83,14 @@ def gather(args, data):
     pictures, sentences = [], []
     for given in args.inputs:
         path = Path(given)
-        if path.is_dir():
+        if os.path.isdir(given):                                # a long sentence is no file name: Path would raise
             pictures += [data.Item(x.path.as_posix(), x.path, x.captions) for x in data.read(path)]
         elif path.suffix.lower() in data.SUFFIXES:
-            if not path.exists():
+            if not os.path.exists(given):
                 raise ValueError(f"{given}: no such picture")
             pictures.append(data.Item(path.as_posix(), path))
         elif path.suffix.lower() in (".txt", ".json"):
-            if not path.exists():
+            if not os.path.exists(given):
                 raise ValueError(f"{given}: no such file of sentences")
             text = path.read_text()
             lines = text.splitlines() if path.suffix.lower() == ".txt" else data.load(path)
@@ -211,21 +217,32 @@ def page(groups, by, direction, note, path):
            f"<title>parley: {direction}</title><style>{style}</style>"
            f"<h1>parley: {direction}</h1><p>{html.escape(note)}</p>"]
     for item, picture, words, rows in groups:
-        head = image(picture) if picture else f"<p><b>{html.escape(words)}</b></p>"
+        text = shade(rows[0]["words"]) if direction == TEXT and "words" in rows[0] else html.escape(words)
+        head = image(picture) if picture else f"<p><b>{text}</b></p>"
         out.append(f"<section><h2>{html.escape(item)}</h2><div class=row><figure>{head}<small>the input</small>"
                    "</figure>")
         for c, row in enumerate(rows):
             scores = "<br>".join(f"{html.escape(k)} {v:.3f}" for k, v in row["scores"].items() if v is not None)
             drawn = image(path.parent / row["picture"]) if row["picture"] else ""
+            said = shade(row["words"]) if direction == IMAGE and "words" in row else html.escape(row["caption"])
             out.append(f"<figure{' class=best' if c == 0 else ''}>{drawn}"
-                       f"<b>{c + 1}.</b> {html.escape(row['caption'])}<small>{scores}</small></figure>")
+                       f"<b>{c + 1}.</b> {said}<small>{scores}</small></figure>")
         out.append("</div></section>")
     path.write_text("\n".join(out) + "\n<p><small>ranked by " + html.escape(by) + "</small></html>\n")
 
 
+def shade(words):
+    """Words as HTML, greener the more they explain the picture, redder the more they hurt."""
+    import html
+    most = max((abs(v) for _, v, _ in words), default=0) or 1
+    return " ".join(f'<span style="background:rgba({"40,160,60" if v > 0 else "220,50,40"},{abs(v) / most * .7:.2f})" '
+                    f'title="{v:+.4f} +- {e:.4f}">{html.escape(w)}</span>' for w, v, e in words)
+
+
 # ---------------------------------------------------------------- what came of it
-def rows_of(item, b, talk, args, direction, scores):
-    """The lines of candidates.jsonl of one item; pictures are saved before the lines that name them."""
+def rows_of(item, b, talk, args, direction, scores, cut):
+    """The lines of candidates.jsonl of one item; pictures are saved before the lines that name them. cut: which of its
+    captions the generator did not read to the end."""
     import hashlib
 
     import data
@@ -242,7 +259,7 @@ def rows_of(item, b, talk, args, direction, scores):
         error = {"error": round(values.pop("denoise error"), 6)} if "denoise error" in values else {}
         rows.append({"item": item.name, "direction": direction, "candidate": j,
                      "input": str(item.path or item.captions[0]), "caption": talk.captions[b][j], "picture": picture,
-                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4), **error,
+                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4), **error, "cut": cut[j],
                      "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in values.items()}})
     return rows
 
@@ -302,7 +319,7 @@ def agreement(groups, items, by, metrics):
     if other is None:
         return ["--agree needs pictures as inputs"]
     full = other.removesuffix(" again") + (" full" if other.replace(" again", " full") in columns else "")
-    groups = {k: v for k, v in groups.items() if v[0]["scores"][other] is not None}
+    groups = {k: v for k, v in groups.items() if v[0]["scores"].get(other) is not None}
     references = {x.name: x.captions for x in items if len(x.captions) > 1}
     gain = {}
     if len(references) > 1 and set(groups) <= set(references):
@@ -326,7 +343,8 @@ def agreement(groups, items, by, metrics):
 
 def value(row, name):
     """A row's score as a number to rank by: a missing one comes last."""
-    return -math.inf if row["scores"][name] is None else row["scores"][name]
+    found = row["scores"].get(name)
+    return -math.inf if found is None else found
 
 
 def ranked(rows):
@@ -348,11 +366,85 @@ def worth(groups, items, names, metrics):
                for k, rows in groups.items()]
     lines = []
     for name in names:
+        if any(value(rows[0], name) == -math.inf for rows in groups.values()):
+            continue                                            # scored on some items only: see `agreement`
         c = metrics.choices(quality, [[value(r, name) for r in rows] for rows in groups.values()])
         low, high = c["interval"]
         lines.append(f"CIDEr of {c['items']} items by {name:11s} mean {c['mean']:6.1f}   chosen {c['chosen']:6.1f}   "
                      f"oracle {c['oracle']:6.1f}   gain {c['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
     return lines
+
+
+# ---------------------------------------------------------------- words and pairs
+def explain(args, best, cycle, data):
+    """Puts `words` into the best row of each item: [word, contribution, standard error] of its caption and its picture
+    (of a sentence: the picture chosen for it). Kept in words.jsonl, so that a restart goes on."""
+    from tqdm import tqdm
+    path, known = args.out / "words.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.endswith("}"):
+            row = json.loads(line)
+            known[row["item"], row["caption"], row["picture"]] = row["words"]
+    todo = [r for r in best if (r["item"], r["caption"], r["picture"]) not in known]
+    generator = cycle.Generator.load(args.generator, args.device, args.dtype) if todo else None
+    if args.ckpt and todo:
+        cycle.adopt(args.ckpt, None, generator)
+    if todo and generator.unet is None:
+        raise ValueError(f"--words: {args.generator} is no Stable Diffusion, it has no denoising loss")
+    for r in tqdm(todo, desc="words", disable=not todo):
+        image = r["direction"] == IMAGE
+        said = r["caption"] if image else r["input"]
+        found = cycle.words(generator, data.open_image(r["input"] if image else args.out / r["picture"]), said,
+                            2 * args.draws, args.seed, r["item"], batch=args.batch)
+        known[r["item"], r["caption"], r["picture"]] = [[w, round(v, 6), round(e, 6)] for w, v, e in found]
+        append(path, [{"item": r["item"], "caption": r["caption"], "picture": r["picture"],
+                       "words": known[r["item"], r["caption"], r["picture"]]}])
+    for r in best:
+        r["words"] = known[r["item"], r["caption"], r["picture"]]
+
+
+def preferences(args, groups, by):
+    """Writes --pairs and returns what there is to say. Of each item, every two different candidates whose scores lie
+    more than --margin apart; nearer ones are ties, counted and left out. The order of candidates changes nothing.
+
+    trl: rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them for vision-language models.
+    diffusion: columns caption, jpg_0, jpg_1 (encoded pictures), label_0, label_1, as Diffusion-DPO reads Pick-a-Pic.
+    """
+    import itertools
+    trl = args.pairs == "trl"
+    if trl != (next(iter(groups.values()))[0]["direction"] == IMAGE):
+        raise ValueError(f"--pairs {args.pairs}: trl compares captions of a picture, diffusion pictures of a sentence")
+    rows, ties, equal = [], 0, 0
+    for candidates in groups.values():
+        different = {r["caption"] if trl else r["picture"]: r for r in reversed(candidates)}
+        equal += len(candidates) - len(different)
+        for a, b in itertools.combinations(sorted(different, key=lambda k: (-value(different[k], by), k)), 2):
+            a, b = different[a], different[b]
+            gap = value(a, by) - value(b, by)
+            if not gap > args.margin:                           # nan, where neither has a score, is a tie
+                ties += 1
+                continue
+            if trl:
+                say = [[{"role": "assistant", "content": [{"type": "text", "text": r["caption"]}]}] for r in (a, b)]
+                ask = [{"type": "image"}, {"type": "text", "text": "Describe this picture."}]
+                rows.append({"images": [str(Path(a["input"]).resolve())], "prompt": [{"role": "user", "content": ask}],
+                             "chosen": say[0], "rejected": say[1], "margin": gap})
+            else:
+                first, second = ((args.out / r["picture"]).read_bytes() for r in (a, b))
+                rows.append({"caption": a["input"], "jpg_0": first, "jpg_1": second, "label_0": 1.0, "label_1": 0.0,
+                             "margin": gap})
+    path = args.out / ("pairs.jsonl" if trl else "pairs.parquet")
+    if trl:
+        finish(path, rows)
+    elif rows:
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as e:
+            raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {args.margin:g} apart) left out, "
+            f"{equal} candidates equal to another one")
 
 
 # ---------------------------------------------------------------- the road
@@ -411,8 +503,10 @@ def main(args):
             scores["likelihood"] = talk.likelihood
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-            for b, (item, _) in enumerate(ready):
-                append(path, rows_of(item, b, talk, args, direction, scores))
+            long = getattr(generator, "too_long", lambda captions: [False] * len(captions))
+            for b, (item, v) in enumerate(ready):
+                cut = long(talk.captions[b] if direction == IMAGE else [v] * args.n)
+                append(path, rows_of(item, b, talk, args, direction, scores, cut))
         bar.update(len(mine[start:start + chunk]))
     bar.close()
     if world > 1:
@@ -434,6 +528,8 @@ def main(args):
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     finish(path, [r for k in dict.fromkeys([*groups, *done]) for r in ranked(done[k])])
     ordered = {k: sorted(rows, key=lambda r: r["rank"][by]) for k, rows in groups.items()}
+    if args.words:
+        explain(args, [rows[0] for rows in ordered.values()], cycle, data)
     best = {k: {"caption": v[0]["caption"], "picture": v[0]["picture"], "by": by, "score": v[0]["scores"][by]}
             for k, v in ordered.items()}
     (args.out / "best.json").write_text(json.dumps(best, indent=2, ensure_ascii=False) + "\n")
@@ -451,6 +547,12 @@ def main(args):
         print(line)
     for line in agreement(groups, items, by, metrics) if args.agree else ():
         print(line)
+    if args.pairs:
+        print(preferences(args, groups, by))
+    cut = sum(r.get("cut", False) for rows in groups.values() for r in rows)
+    if cut:
+        print(f"{cut} of {len(groups) * args.n} captions are longer than the text encoder of {args.generator} reads: "
+              "they were drawn and scored without their ends (`cut` in candidates.jsonl)")
     print(f"{len(groups)} of {len(items)} inputs done, {len(skipped)} skipped; look at {args.out / 'index.html'} "
           f"and {args.out / 'sheet.png'}")
     return 0

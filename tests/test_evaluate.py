@@ -143,7 +143,7 @@ def test_label_free_prefers_the_true_caption(tmp_path, scenes, images):
     for name, captions in (("true", said), ("false", {k: said[f"{(i + 1) % 3}.png"] for i, k in enumerate(said)})):
         (tmp_path / f"{name}.json").write_text(json.dumps(captions))
         r = run(tmp_path / name, "--label-free", "--images", tmp_path / "set", "--captions", tmp_path / f"{name}.json",
-                "--seeds", 3, "--steps", 10)["label_free"]
+                "--draws", 6)["label_free"]
         assert r["n"] == 3 and all(x["error"] >= 0 for x in r["items"]) and r["low"] <= r["mean"] <= r["high"]
         assert r["mean"] == pytest.approx(np.mean([x["score"] for x in r["items"]]))
         scores.append(r["mean"])

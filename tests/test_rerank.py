@@ -165,3 +165,81 @@ def test_few_and_text_by_denoising(tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "text/candidates.jsonl").read_text().splitlines()]
     assert all(r["picture"] and r["caption"] == "a red ring" for r in rows)
     assert len({r["scores"]["denoise"] for r in rows}) == 3
+
+
+# ---------------------------------------------------------------- words, pairs, long prompts
+def test_agreeing_on_some_items_only(tmp_path, capsys):
+    """Items that were not scored twice lack the column; the report counts those that have it."""
+    argv = ["--limit", "3", "--n", "2", "--steps", "2", "--device", "cpu", "--batch", "2", "--likeness", "pixel",
+            "--agree", "1", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags([*argv, "--scorer", "full"])) == 0
+    out = capsys.readouterr().out
+    assert "agreement with pixel on 1 items" in out and "CIDEr of 3 items by pixel " in out
+
+
+def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch):
+    import cycle
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert run("--limit", 3, "--words", out=out) == 0
+    lines = [json.loads(x) for x in (out / "words.jsonl").read_text().splitlines()]
+    best = json.loads((out / "best.json").read_text())
+    assert len(lines) == 3
+    for r in lines:
+        assert " ".join(w for w, *_ in r["words"]) == r["caption"] == best[r["item"]]["caption"]
+    assert (out / "index.html").read_text().count("<span style=") == sum(len(r["words"]) for r in lines)
+    monkeypatch.setattr(cycle.Generator, "load", lambda *a: pytest.fail("the words are known"))
+    assert run("--limit", 3, "--words", out=out) == 0
+
+
+def candidates(scores, key="caption", direction="image-text-image"):
+    return {"x": [{"item": "x", "direction": direction, "input": "tests/x.png", "caption": "a ring",
+                   "scores": {"clip": s}} | {key: name} for name, s in scores]}
+
+
+def test_preference_pairs_of_captions_load_as_trl_wants_them(tmp_path):
+    import datasets
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    scores = [("a", .5), ("b", .9), ("a", .5), ("c", .52), ("d", None)]
+    args = rerank.flags(["--pairs", "trl", "--margin", ".05", "--out", str(tmp_path)])
+    groups = candidates(scores)
+    for r in groups["x"]:
+        r["input"] = str(tmp_path / "x.png")
+    said = rerank.preferences(args, groups, "clip")
+    text = (tmp_path / "pairs.jsonl").read_text()
+    assert "5 preference pairs" in said and "1 ties" in said and "1 candidates equal" in said      # c - a is a tie
+    rerank.preferences(args, {"x": groups["x"][::-1]}, "clip")
+    assert (tmp_path / "pairs.jsonl").read_text() == text                                          # order is nothing
+    found = datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train",
+                                  cache_dir=str(tmp_path / "cache")).cast_column(
+        "images", datasets.List(datasets.Image()))
+    for row in found:
+        assert row["images"][0].size == (8, 8)
+        assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"][0]["type"] == "image"
+        assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
+    pairs = {(r["chosen"][0]["content"][0]["text"], r["rejected"][0]["content"][0]["text"]) for r in found}
+    assert pairs == {("b", "a"), ("b", "c"), ("b", "d"), ("c", "d"), ("a", "d")}
+
+
+def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path):
+    import io
+
+    import datasets
+    for i in range(3):
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
+    groups = candidates([("0.png", .1), ("1.png", .3), ("2.png", .3)], "picture", "text-image-text")
+    args = rerank.flags(["--pairs", "diffusion", "--out", str(tmp_path)])
+    assert "2 preference pairs" in (said := rerank.preferences(args, groups, "clip")) and "1 ties" in said
+    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"), split="train",
+                                  cache_dir=str(tmp_path / "cache"))
+    assert {"caption", "jpg_0", "jpg_1", "label_0", "label_1"} <= set(found.column_names)
+    sizes = {tuple(Image.open(io.BytesIO(r[f"jpg_{i}"])).width for i in (0, 1)) for r in found}
+    assert sizes == {(5, 4), (6, 4)} and all(r["label_0"] == 1 and r["label_1"] == 0 for r in found)
+    with pytest.raises(ValueError, match="trl compares captions"):
+        rerank.preferences(rerank.flags(["--pairs", "trl"]), groups, "clip")
+
+
+def test_long_prompts_are_counted(tmp_path, capsys):
+    long = "a red ring to the left of a blue box and " * 9 + "a green heart"
+    assert run(long, "--likeness", "cider", "sbert", out=tmp_path) == 0
+    assert all(r["cut"] for r in rows(tmp_path)) and "3 of 3 captions are longer" in capsys.readouterr().out

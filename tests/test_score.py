@@ -45,8 +45,47 @@ def test_images_given_a_text(generator, images):
             losses_of.append((out - losses.target(generator.scheduler, x, noise, t)).square().mean().item())
         assert found.score[i].item() == pytest.approx(losses_of[1] - losses_of[0], rel=1e-3, abs=1e-6)
     assert found.evaluations == 3 * 4 * 2
-    with pytest.raises(ValueError, match="one of them must be one"):
-        cycle.score(generator, images[:2], ["a", "b"])
+    with pytest.raises(ValueError, match="as many of both"):
+        cycle.score(generator, images[:2], ["a", "b", "c"])
+
+
+def test_images_with_their_own_captions(generator, images):
+    """Pairs in one batch are what each pair is alone; the empty caption is subtracted where it is asked for."""
+    both = cycle.score(generator, images[:3], SAID[:3], draws=4, seed=2)
+    for i in range(3):
+        alone = cycle.score(generator, images[i:i + 1], SAID[i:i + 1], draws=4, seed=2, empty=True)
+        assert both.score[i].item() == pytest.approx(alone.score[0].item(), rel=1e-3, abs=1e-6)
+        assert both.error[i].item() == pytest.approx(alone.error[0].item(), rel=1e-3, abs=1e-6)
+    plain = cycle.score(generator, images[:1], [*SAID[:2], ""], draws=4, seed=2)
+    less = cycle.score(generator, images[:1], SAID[:2], draws=4, seed=2, empty=True)
+    assert torch.allclose(less.score, plain.score[:2] - plain.score[2], atol=1e-6) and less.evaluations == 4 * 3
+    assert torch.equal(plain.timesteps, both.timesteps) and plain.loss.shape == (4, 3)
+
+
+def test_words_are_dropped_under_the_same_noise(generator, images):
+    """Each contribution by two calls of their own: the caption, and the caption without the word."""
+    found = cycle.words(generator, images[0], "a red ring at night", draws=5, item="x")
+    assert [w for w, *_ in found] == ["a", "red", "ring", "at", "night"]
+    for i, shorter in ((0, "red ring at night"), (1, "a ring at night"), (4, "a red ring at")):
+        with_, without = (cycle.score(generator, images[:1], [c], 5, item="x", span=(.1, .6)).loss[:, 0]
+                          for c in ("a red ring at night", shorter))
+        assert found[i][1] == pytest.approx((without - with_).mean().item(), abs=1e-6)
+        assert found[i][2] == pytest.approx((without - with_).std().item() / 5 ** .5, abs=1e-6)
+
+
+def test_a_planted_wrong_word_contributes_least(generator):
+    """One colour exchanged for one that is nowhere in the picture (results.py counts colours and shapes on 300)."""
+    found = []
+    for i in range(16):
+        scene = world.sample("test", 300 + i)
+        image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
+        colours = {w for w, (kind, _) in world.WORDS.items() if kind == "colour"}
+        said = world.full_caption(scene).split()
+        at = next(j for j, w in enumerate(said) if w in colours)
+        said[at] = next(c for c in world.COLOURS if c not in [o["colour"] for o in scene["objects"]])
+        rows = cycle.words(generator, image, " ".join(said), draws=12, item=i)
+        found.append(min(range(len(rows)), key=lambda j: rows[j][1]) == at)
+    assert np.mean(found) >= .8
 
 
 @pytest.mark.parametrize("budget", [40, 100])
