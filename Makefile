@@ -15,10 +15,15 @@ check: .venv/ready
 	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
 	@.venv/bin/python miniature.py --check --threads 2 --scenes 300
 
+results: .venv/ready
+	@echo "parley: every number of RESULTS.md, measured on the miniature (about three hours on two cores; QUICK=1: 15 minutes)"
+	@.venv/bin/python results.py $(if $(QUICK),--quick)
+	@.venv/bin/python report.py $(if $(QUICK),results/quick)
+
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-.PHONY: demo test check
+.PHONY: demo test check results

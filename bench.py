@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SHOWN = {}
 
 
 def flags(argv=None):
@@ -21,6 +22,7 @@ def flags(argv=None):
     p.add_argument("what", nargs="*", help="bridge, scores, step, captions; default all")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
+    p.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON, too")
     p.add_argument("--captions", type=Path, help="Karpathy rows [{image, caption: [5]}] for scores; default invented")
     args = p.parse_args(argv)
     args.what = args.what or list(BENCHES)
@@ -41,7 +43,8 @@ def clock(f, times):
 
 
 def show(name, rows):
-    """rows: {way: {unit: value}}; the first way is what the others are measured by."""
+    """rows: {way: {unit: value}}; the first way is what the others are measured by. Kept for --json."""
+    SHOWN.setdefault(name, {}).update(rows)
     first = next(iter(rows.values()))
     for way, values in rows.items():
         cells = [f"{v:9.3f} {unit} ({v / first[unit]:5.2f} x)" for unit, v in values.items()]
@@ -94,6 +97,7 @@ def bench_scores(args):
 def bench_step(args):
     """A step of all four losses on the miniature, batch 8: the split backward beside one graph, and the parts."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     import bridge
     import cycle
@@ -123,9 +127,13 @@ def bench_step(args):
     for name, f in {"one graph": lambda: step(every, split=False), "split, one image at once": lambda: step(every),
                     "split, 8 images at once": lambda: step(every, chunk=8),
                     "four losses apart": lambda: [step({k: 1 / 8}) for k in every],
+                    "tg and ir": lambda: step({"tg": 1 / 8, "ir": 1 / 8}),
+                    "ig and tr": lambda: step({"ig": 1 / 8, "tr": 1 / 8}, chunk=8),
                     "tg and ig alone": lambda: step({"tg": 1 / 8, "ig": 1 / 8})}.items():
-        f()
-        rows[name] = {"s": clock(f, args.times), "MiB": bridge.peak(f) / 2 ** 20}
+        with FlopCounterMode(display=False) as counter:
+            f()
+        rows[name] = {"s": clock(f, args.times), "MiB": bridge.peak(f) / 2 ** 20,
+                      "GFLOP": counter.get_total_flops() / 1e9}
     show("step", rows)
 
 
@@ -160,6 +168,8 @@ def main(args):
           f"torch {torch.__version__}; ratios are to the first line of each")
     for name in args.what:
         BENCHES[name](args)
+    if args.json:
+        args.json.write_text(json.dumps(SHOWN, indent=1) + "\n")
     return 0
 
 

@@ -1,13 +1,13 @@
-"""Measures what the README claims, on the miniature, and writes RESULTS.md. Run again, it goes on where it stopped.
+"""Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
     make results                  # everything: about three hours on two cores
     make results QUICK=1          # the same with fewer items and steps: under 15 minutes, into results/quick
     python results.py scorers     # one part
-    python results.py --text      # no work: RESULTS.md and the figures from results/*.json
+    python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
 Candidates, drawings and training come from rerank.py and finetune.py, run as a user runs them; this file adds what they
-do not keep, the denoising loss of every candidate at every draw, and the tables. Settings are chosen on val; test (in),
-near and out are read once.
+do not keep, the denoising loss of every candidate at every draw. Settings are chosen on val; test (in), near and out
+are read once.
 """
 import argparse
 import json
@@ -25,14 +25,13 @@ DRAWS = (1, 2, 4, 8, 12, 16, 32, 64)
 SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, .8), (.3, 1), (.5, 1), (.6, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
-PARTS = ("scorers", "signal", "joint", "findings", "cost")
+PARTS = ("scorers", "words", "signal", "joint", "findings", "cost")
 
 
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("parts", nargs="*", help=f"of {' '.join(PARTS)}; default all of them")
     p.add_argument("--quick", action="store_true", help="few items, few steps, into results/quick")
-    p.add_argument("--text", action="store_true", help="only RESULTS.md and figures, from the JSON files")
     p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     p.add_argument("--dtype", default="bfloat16", help="of the models in the frozen cycles; float32 takes longer")
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files and figures")
@@ -49,11 +48,11 @@ def flags(argv=None):
 
 
 # ---------------------------------------------------------------- helpers
-def run(args, script, *argv, several=True):
+def run(args, script, *argv, several=True, threads=1):
     """One command of the README, as a user types it; its output. Raises ValueError where it fails."""
     spread = several and args.processes > 1
     head = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}"] if spread else []
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     print(f"results.py: python {' '.join([*head[1:], script, *map(str, argv)])}", flush=True)
     done = subprocess.run([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, capture_output=True,
                           text=True)
@@ -254,7 +253,8 @@ def gather(args, domain, metrics, world, data):
     scenes = [scene_of(items[k].path, world) for k in names]
     quality = {"facts": np.array([[truth(c, s, world) for c in row] for row, s in zip(said, scenes)])}
     return {"names": names, "said": said, "score": score, "cost": cost, "quality": quality,
-            "references": [items[k].captions for k in names], "domain": np.array([domain] * len(names))}
+            "references": [items[k].captions for k in names], "paths": [items[k].path for k in names],
+            "domain": np.array([domain] * len(names))}
 
 
 def together(args, metrics, world, data):
@@ -262,12 +262,41 @@ def together(args, metrics, world, data):
     parts = [gather(args, d, metrics, world, data) for d in DOMAINS]
     whole = {k: {n: np.concatenate([p[k][n] for p in parts]) for n in parts[0][k]}
              for k in ("score", "cost", "quality")}
-    whole |= {k: [x for p in parts for x in p[k]] for k in ("names", "said", "references")}
+    whole |= {k: [x for p in parts for x in p[k]] for k in ("names", "said", "references", "paths")}
     whole["domain"] = np.concatenate([p["domain"] for p in parts])
     df = metrics.document_frequency(whole["references"])
     whole["quality"]["CIDEr"] = np.stack([100 * metrics.cider(c, [r] * len(c), df)
                                           for c, r in zip(whole["said"], whole["references"])])
     return whole
+
+
+def seconds(args, w, data, metrics):
+    """Seconds a picture of each way to score ten captions, in float32 on all cores: {scorer: seconds, "items": n}."""
+    import time
+
+    import torch
+
+    import cycle
+    torch.set_num_threads(args.processes)
+    generator, few = cycle.Generator.load("miniature", "cpu"), cycle.few_steps(cycle.Generator.load("miniature", "cpu"))
+    judges = metrics.likenesses(["clip", "dino", "pixel"], "image", "miniature")
+    some = np.linspace(0, len(w["names"]) - 1, 3 if args.quick else 12).astype(int)
+    work = [(data.open_image(w["paths"][i]), list(dict.fromkeys(w["said"][i][:10]))) for i in some]
+
+    def clock(f):
+        f(*work[0])
+        start = time.perf_counter()
+        for image, captions in work:
+            f(image, captions)
+        return (time.perf_counter() - start) / len(work)
+
+    def drawn(speaker, steps, name):
+        return lambda x, c: judges.pairs[name](speaker.draw(c, [0] * len(c), steps=steps, batch=40), x[None])
+    out = {name: clock(drawn(generator, 50, name)) for name in ("clip", "dino", "pixel")}
+    out |= {"few": clock(drawn(few, 8, "clip")), "clipscore": clock(lambda x, c: judges.clipscore(x[None], c)),
+            "halved 60": clock(lambda x, c: cycle.score(generator, x[None], c, budget=60))}
+    out |= {f"denoise {k}": clock(lambda x, c, k=k: cycle.score(generator, x[None], c, k)) for k in DRAWS}
+    return out | {"items": len(work)}
 
 
 def scorers(args):
@@ -306,7 +335,7 @@ def scorers(args):
                 row[domain]["with_beams_over_beam"] = mean_of(quality[at, d] - beam[at], metrics)
         rows[name] = row
     beams = {d: mean_of(beam[(w["domain"] == d) | (d == "all")], metrics) for d in ("all", *DOMAINS)}
-    keep(args, "scorers", {"val": on_val, "beam": beams, "scorers": rows})
+    keep(args, "scorers", {"val": on_val, "beam": beams, "seconds": seconds(args, w, data, metrics), "scorers": rows})
 
 
 # ---------------------------------------------------------------- joint training
@@ -507,6 +536,41 @@ def spoil(caption, scene, kind, seed, world):
     return " ".join(words)
 
 
+def planted(job):
+    """Is a planted wrong colour or shape the word that contributes least? [True or False] of some scenes."""
+    import torch
+
+    import cycle
+    import world
+    kind, rows = job[0], []
+    for split, i in job[1]:
+        scene = world.sample(split, i)
+        true = world.full_caption(scene)
+        said = spoil(true, scene, kind, i, world)
+        at = next(j for j, (a, b) in enumerate(zip(true.split(), said.split())) if a != b)
+        image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
+        found = cycle.words(start.generator, image, said, item=[split, i])
+        rows.append(min(range(len(found)), key=lambda j: found[j][1]) == at)
+    return rows
+
+
+def words(args):
+    """rerank.py --words on 300 captions with one planted wrong colour or shape, on test, near and out."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    import metrics
+    count = 10 if args.quick else 50
+    jobs = [(kind, [(split, 20_000 + i)]) for kind in ("colour", "shape") for split in ("test", "near", "out")
+            for i in range(count)]
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
+        right = list(pool.map(planted, jobs, chunksize=5))
+    cases = {"colour or shape": [r[0] for r in right]}
+    for (kind, [(split, _)]), r in zip(jobs, right):
+        cases.setdefault(f"{kind}, {'in' if split == 'test' else split}", []).append(r[0])
+    keep(args, "words", {"planted": {k: mean_of(v, metrics) for k, v in cases.items()}})
+
+
 # ---------------------------------------------------------------- both findings
 def findings(args):
     """Finding I (Figure 3, Table 1) and II (Figure 4, Table 2): quality by rank, for every score, by domain."""
@@ -550,10 +614,19 @@ def table_of(quality, scores, domain, metrics):
             for q, x in quality.items()}
 
 
+# ---------------------------------------------------------------- cost
+def cost(args):
+    """Seconds, counted FLOPs and memory of a joint step and of its parts: bench.py, alone on the machine."""
+    path = args.work / "bench.json"
+    run(args, "bench.py", "step", "--threads", args.processes, "--json", path, several=False, threads=args.processes)
+    keep(args, "cost", json.loads(path.read_text()))
+
+
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
-    for part in () if args.text else args.parts:
+    for part in args.parts:
         globals()[part](args)
+    print(f"results.py: {', '.join(args.parts)} are in {args.out}; report.py makes tables and figures of them")
     return 0
 
 
