@@ -4,7 +4,7 @@ export HF_HUB_OFFLINE = 1
 
 demo: .venv/ready
 	@echo "parley: ten captions for each of four pictures, drawn and ranked (about 20 seconds on two cores)"
-	@.venv/bin/python rerank.py --n 10 --out out/demo
+	@.venv/bin/python rerank.py --n 10 --scorer full --out out/demo
 
 test: .venv/ready
 	@echo "parley: lint and tests (about two minutes on two cores)"
@@ -18,7 +18,7 @@ check: .venv/ready
 results: .venv/ready
 	@echo "parley: every number of RESULTS.md, measured on the miniature (about three hours on two cores; QUICK=1: 15 minutes)"
 	@.venv/bin/python results.py $(if $(QUICK),--quick)
-	@.venv/bin/python report.py $(if $(QUICK),results/quick)
+	@.venv/bin/python report.py $(if $(QUICK),--folder results/quick)
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"

@@ -577,6 +577,11 @@ class Generator:
 
     # the parts, for training and for scoring without drawing (Stable Diffusion only)
     @property
+    def denoises(self):
+        """Whether its parts are those of Stable Diffusion 1.x or 2.x; an SDXL wants more than a caption's states."""
+        return None not in (self.unet, self.vae, self.text_encoder) and not self.unet.config.addition_embed_type
+
+    @property
     def side(self):
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 

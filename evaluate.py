@@ -295,8 +295,8 @@ def label_free(args, data, cycle, metrics):
     if not items:
         raise ValueError(f"no picture of {args.images} is named in {args.captions}")
     generator = cycle.Generator.load(args.generator, args.device, args.dtype)
-    if getattr(generator, "unet", None) is None:
-        raise ValueError(f"--label-free: {args.generator} is no Stable Diffusion, it has no denoising loss")
+    if not getattr(generator, "denoises", False):
+        raise ValueError(f"--label-free: {args.generator} is no Stable Diffusion 1.x or 2.x, whose loss is known here")
     if args.ckpt:
         cycle.adopt(args.ckpt, None, generator)
     rows, notes, cut = [], [], 0

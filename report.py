@@ -1,7 +1,7 @@
 """Tables, figures and the README's numbers from results/*.json: no number is typed by hand.
 
     python report.py                        # RESULTS.md, results/*.png, the marked tables of README.md
-    python report.py results/quick          # of another folder: RESULTS.md beside it, the README is left alone
+    python report.py --folder results/quick # of another folder: RESULTS.md beside it, the README is left alone
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full 
 
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folder", nargs="?", type=Path, default=HERE / "results", help="the folder of the JSON files")
+    p.add_argument("--folder", type=Path, default=HERE / "results", help="the folder of the JSON files")
     return p.parse_args(argv)
 
 
@@ -49,7 +49,7 @@ def text_scorers(found):
         c = r["all"]
         kept = "" if key == "clip" else f"{c['kept']:.2f} [{c['kept_interval'][0]:.2f}, {c['kept_interval'][1]:.2f}]"
         price = "-" if r["evaluations"] is None else f"{r['evaluations']:,.0f}"
-        time = found["seconds"].get(key)
+        time = found.get("seconds", {}).get(key)
         rows.append([name_of(key), price, "" if time is None else f"{time:.2f}", f"{c['chosen']:.1f}",
                      with_interval(c), " / ".join(f"{r[d]['gain']:+.1f}" for d in DOMAINS), kept,
                      f"{r['same']['value']:.2f}", f"{r['tau']:+.2f}", with_interval(c["over_beam"])])
@@ -59,7 +59,7 @@ def text_scorers(found):
              f"{first['mean']:.1f}, of the best {first['oracle']:.1f}; beam search (3) "
              f"{found['beam']['all']['value']:.1f}. Agreement is with the full cycle by CLIP; `another seed` is its "
              f"ceiling, on {found['scorers']['again']['items']} pictures. Equal captions are scored once. s: "
-             f"seconds a picture in float32, of {found['seconds']['items']} pictures one after the other."]
+             f"seconds a picture in float32, of {found.get('seconds', {}).get('items')} pictures one after the other."]
     both = [[name_of(k), with_interval(r["all"]["with_beams"], sign=False),
              with_interval(r["all"]["with_beams_over_beam"])]
             for k, r in found["scorers"].items() if "with_beams" in r["all"]]
@@ -90,19 +90,20 @@ def text_signal(found):
 def text_joint(found):
     lines = [f"{found['steps']} steps of 8, {found['seeds']} seeds, learning rate {found['lr']:g}, weight of ir "
              f"{found['ir']} (both chosen on val), query projections, all pairs captioned (`--split all`). Scenes "
-             "nothing was trained on; means over seeds, differences with 95 % intervals over items.", ""]
+             "nothing was trained on; means over seeds, 95 % intervals over scenes. `alone`: for captions the row tg, "
+             "for drawings the row ig; an interval that holds zero is no gain.", ""]
     for d in ("all", *DOMAINS):
         rows = []
         for name, r in found["rows"].items():
-            other = r[d].get("minus tg + ig")
-            own = (("CIDEr", 1), ("facts", 3), ("pairs", 3))
-            rows.append([name, *(with_interval(r[d][k], n, False) for k, n in own),
-                         *(with_interval(other[k], n) if other else "" for k, n in (("CIDEr", 1), ("pairs", 3)))])
-        n = found["rows"]["none"][d]["CIDEr"]["n"]
-        lines += [f"**{d}** ({n} scenes)", "", markdown(
-            ["losses", "CIDEr, 3 beams", "true facts", "drawings right", "CIDEr minus tg + ig",
-             "drawings minus tg + ig"], rows), ""]
-    return lines
+            own = [with_interval(r[d][k], n, False) for k, n in (("CIDEr", 1), ("facts", 3), ("pairs", 3))]
+            less = [with_interval(r[d]["minus alone"][k], n) if "+" in name or "all" in name else ""
+                    for k, n in (("CIDEr", 1), ("facts", 3), ("pairs", 3))]
+            rows.append([name, *own, *less])
+        lines += [f"**{d}** ({found['rows']['none'][d]['CIDEr']['n']} scenes)", "", markdown(
+            ["losses", "CIDEr, 3 beams", "true facts", "drawings right", "CIDEr - alone", "facts - alone",
+             "drawings - alone"], rows), ""]
+    tried = ", ".join(f"{k.removeprefix('val-')} {v:.1f}" for k, v in found["val"].items())
+    return [*lines, f"CIDEr on val, from which learning rate and weight were chosen: {tried}."]
 
 
 def text_findings(found):

@@ -5,8 +5,8 @@
     python rerank.py "a small red star on the grass"             # best of ten images for a sentence
     python rerank.py sentences.txt                               # one a line, or a JSON list
     python rerank.py --data data/nocaps --split out --limit 100  # a set with references: baseline, chosen, oracle too
-    python rerank.py --scorer denoise                            # no drawing: the generator's denoising loss decides
-    python rerank.py --scorer denoise --agree 20                 # and how well that agrees with the full cycle
+    python rerank.py --scorer full                               # the paper's cycle: every caption is drawn
+    python rerank.py --agree 20                                  # how well the cheap score agrees with the full cycle
     python rerank.py --words                                     # which words of the chosen caption explain the picture
     python rerank.py --pairs trl --margin .02                    # preference pairs for DPO, of the candidates
 
@@ -36,8 +36,8 @@ def flags(argv=None):
     p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
     p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
     p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
-    p.add_argument("--scorer", choices=["full", "denoise", "few"], default="full",
-                   help="full: draw every caption; few: in 8 steps of DPM-Solver++; denoise: draw only the winner")
+    p.add_argument("--scorer", choices=["full", "denoise", "few"], help="full: draw every caption; few: in 8 steps of "
+                   "DPM-Solver++; denoise: draw only the winner. Default denoise of pictures, full of sentences")
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
     p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, spent by halving")
     p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
@@ -389,8 +389,8 @@ def explain(args, best, cycle, data):
     generator = cycle.Generator.load(args.generator, args.device, args.dtype) if todo else None
     if args.ckpt and todo:
         cycle.adopt(args.ckpt, None, generator)
-    if todo and generator.unet is None:
-        raise ValueError(f"--words: {args.generator} is no Stable Diffusion, it has no denoising loss")
+    if todo and not getattr(generator, "denoises", False):
+        raise ValueError(f"--words: {args.generator} is no Stable Diffusion 1.x or 2.x, whose loss is known here")
     for r in tqdm(todo, desc="words", disable=not todo):
         image = r["direction"] == IMAGE
         said = r["caption"] if image else r["input"]
@@ -460,6 +460,8 @@ def main(args):
     if world > 1:
         dist.init_process_group("gloo")
     direction, items = gather(args, data)
+    if args.scorer is None:                                     # by RESULTS.md, "Which caption, at what price?"
+        args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
     device = cycle.settle(args.device)[0]
 
     # judges: what is not to be had here costs one line, never the run
@@ -469,7 +471,7 @@ def main(args):
     for name, reason in judges.absent.items():
         if rank == 0:
             print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
-    if not judges.pairs:
+    if not judges.pairs and args.scorer != "denoise":
         raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs nothing")
     settings, done = resume(args, direction)
     path = args.out / "candidates.jsonl"
@@ -481,8 +483,8 @@ def main(args):
         generator = cycle.Generator.load(args.generator, args.device, args.dtype)
         if args.ckpt:
             cycle.adopt(args.ckpt, captioner, generator)
-        if args.scorer == "denoise" and generator.unet is None:
-            raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion; --scorer full draws with it")
+        if args.scorer == "denoise" and not getattr(generator, "denoises", False):
+            raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
     skipped, chunk, both = [], max(1, args.batch // args.n), {x.name for x in items[:args.agree]}
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):

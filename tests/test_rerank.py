@@ -11,7 +11,7 @@ from PIL import Image
 
 import rerank
 
-FAST = ["--n", "3", "--steps", "2"]
+FAST = ["--n", "3", "--steps", "2", "--scorer", "full"]
 
 
 def run(*argv, out):
@@ -131,14 +131,15 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, argv, said):
 
 def test_two_processes_share_the_work(finished, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "rerank.py", "-n", "3",
-                    "--steps", "2", "--limit", "3", "--device", "cpu", "--out", str(tmp_path / "out")], cwd=ROOT,
-                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                    "--steps", "2", "--scorer", "full", "--limit", "3", "--device", "cpu", "--out",
+                    str(tmp_path / "out")], cwd=ROOT, check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert core(tmp_path / "out") == core(finished)
 
 
 # ---------------------------------------------------------------- cheaper scorers
 def test_denoise_draws_only_the_winner_and_agrees(tmp_path, capsys):
-    argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--scorer", "denoise", "--draws", "4",
+    argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--draws", "4",
             "--likeness", "pixel", "--agree", "2", "--out", str(tmp_path)]
     assert rerank.main(rerank.flags(argv)) == 0
     rows = [json.loads(x) for x in (tmp_path / "candidates.jsonl").read_text().splitlines()]
