@@ -46,10 +46,15 @@ class Talk:
                 for name, score in self.scores.items()}
 
 
-def few_steps(generator):
-    """Gives a generator the solver that needs few steps, DPM-Solver++ (Lu et al. 2022), on its own noise schedule."""
+def few_steps(generator, decoder=None):
+    """Gives a generator the solver that needs few steps, DPM-Solver++ (Lu et al. 2022), on its own noise schedule; a
+    checkpoint distilled to few steps (LCM, TCD, Turbo: trailing timesteps) keeps its own. decoder: as in tiny_vae."""
     from diffusers import DPMSolverMultistepScheduler
-    generator.pipe.scheduler = DPMSolverMultistepScheduler.from_config(generator.pipe.scheduler.config)
+    own = generator.pipe.scheduler
+    if type(own).__name__[:3] not in ("LCM", "TCD") and own.config.get("timestep_spacing") != "trailing":
+        generator.pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
+    if decoder:
+        generator.pipe.vae = tiny_vae(decoder, generator)
     return generator
 
 
@@ -100,13 +105,15 @@ class Denoised:
     timesteps: torch.Tensor
 
 
-def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, span=(0.3, 1.0), batch=64, empty=None):
+def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, batch=64, empty=None, span=(0.0, 1.0),
+          gamma=5.0):
     """How well the generator denoises image under caption (Eq. 3 as a score): Denoised, of n candidates.
 
     One image and n captions; n images and one caption; or n images, each with its own caption. All candidates meet the
-    same `draws` pairs of timestep and noise: stratified over `span` of the schedule (the default was chosen on the
-    miniature's val: with little noise the text hardly matters), a function of (seed, item). empty: subtract the loss
-    under the empty caption, so that scores of different images compare; default where there are several images.
+    same `draws` pairs of timestep and noise: stratified over `span` of the schedule, a function of (seed, item). gamma:
+    the velocity loss is weighted by min(SNR, gamma), that is, the noise loss by 1 where there is much noise, by gamma
+    where there is little (chosen on the miniature's val); None: the model's own loss. empty: subtract the loss under
+    the empty caption, so that scores of different images compare; default where there are several images.
     budget: UNet evaluations at most, spent by successive halving among the captions of one image: each round the worse
     half drops out; who dropped out is ranked by its difference to the winner on the draws they share. Equal captions
     of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for other counts.
@@ -132,6 +139,7 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, sp
             loss = denoising(generator, latents, some, t, noise, batch)                   # (draws, alive)
             if empty:
                 loss = loss - denoising(generator, latents, nothing, t, noise, batch)
+            loss = loss * weights(generator.scheduler, t, span, gamma)[:, None].to(loss)
             spent += more * price
             parts.append(loss.new_full((more, width), torch.nan))
             parts[-1][:, alive] = loss
@@ -149,16 +157,15 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, sp
     return Denoised(-value[place].cpu(), error, gap, spent, loss[:, place].cpu(), torch.cat(times).cpu())
 
 
-def words(generator, image, caption, draws=24, seed=0, item=0, span=(0.1, 0.6), batch=64):
+def words(generator, image, caption, draws=24, seed=0, item=0, batch=64):
     """What each word adds: [(word, contribution, standard error)], in order, of one image (3, H, W) and its caption.
 
     The contribution is how much the denoising loss grows when the word is dropped, under the same timesteps and noise.
-    Positive: the word explains the picture; negative: the picture is better explained without it. The span was chosen
-    on the miniature's val: with more noise than that, a wrong object still explains that there is one.
+    Positive: the word explains the picture; negative: the picture is better explained without it.
     """
     said = caption.split()
     without = [" ".join(said[:i] + said[i + 1:]) for i in range(len(said))]
-    found = score(generator, image[None], [caption, *without], draws, None, seed, item, span, batch)
+    found = score(generator, image[None], [caption, *without], draws, None, seed, item, batch)
     change = found.loss[:, 1:] - found.loss[:, :1]                                         # (draws, words)
     error = change.std(0, correction=min(1, draws - 1)) / draws ** .5
     return list(zip(said, change.mean(0).tolist(), error.tolist()))
@@ -171,6 +178,16 @@ def pairs(generator, latents, draws, part, seed, item, span):
     u = (torch.arange(draws) + torch.rand(draws, generator=g)) / draws
     t = ((span[0] + (span[1] - span[0]) * u) * steps).long().clamp(max=steps - 1)
     return t.to(latents.device), torch.randn(draws, *latents.shape[1:], generator=g).to(latents)
+
+
+def weights(scheduler, t, span, gamma):
+    """Weights (draws,) float64 on the CPU of the model's own loss at timesteps t; their mean over the span is 1."""
+    steps = scheduler.config.num_train_timesteps
+    a = scheduler.alphas_cumprod.double().cpu()
+    snr = (a / (1 - a)).clamp(min=1e-8)
+    unit = {"epsilon": (snr + 1) / snr, "sample": snr + 1, "v_prediction": torch.ones_like(snr)}   # to velocity
+    w = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) * unit[scheduler.config.prediction_type]
+    return w[t.cpu()] / w[int(span[0] * steps):max(int(span[0] * steps) + 1, int(span[1] * steps))].mean()
 
 
 def denoising(generator, latents, states, t, noise, batch):
@@ -297,9 +314,9 @@ def adopt(checkpoint, captioner=None, generator=None):
     return len(moves)
 
 
-def tiny_decoder(name, generator):
-    """Latents (B, C, h, w) -> images about [0, 1] by a distilled decoder: an AutoencoderTiny's place, or `tiny` for
-    Stable Diffusion 1.x's (TAESD, madebyollin/taesd). 1/18 of the work of the exact one, for the loss tr."""
+def tiny_vae(name, generator):
+    """A distilled autoencoder for a generator's latents: an AutoencoderTiny's place, or `tiny` for Stable Diffusion
+    1.x's (TAESD, madebyollin/taesd). 1/18 of the work of the exact decoder."""
     place, options = resolve(name, {"tiny": "madebyollin/taesd"}, "decoder")
     with loading(name, "decoder"):
         from diffusers import AutoencoderTiny
@@ -307,7 +324,12 @@ def tiny_decoder(name, generator):
     if vae.config.latent_channels != generator.vae.config.latent_channels:
         raise ValueError(f"decoder {str(name)!r} reads {vae.config.latent_channels} latent channels, the generator has "
                          f"{generator.vae.config.latent_channels}")
-    vae = vae.to(generator.device).eval().requires_grad_(False)
+    return vae.to(generator.device).eval().requires_grad_(False)
+
+
+def tiny_decoder(name, generator):
+    """Latents (B, C, h, w) -> images about [0, 1] by a tiny_vae, for the loss tr."""
+    vae = tiny_vae(name, generator)
     return lambda latents: vae.decode(latents.to(vae.dtype)).sample / 2 + .5
 
 

@@ -38,6 +38,7 @@ def flags(argv=None):
     p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
     p.add_argument("--scorer", choices=["full", "denoise", "few"], help="full: draw every caption; few: in 8 steps of "
                    "DPM-Solver++; denoise: draw only the winner. Default denoise of pictures, full of sentences")
+    p.add_argument("--decoder", help="of --scorer few: tiny (TAESD), or an AutoencoderTiny's place; default exact")
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
     p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, spent by halving")
     p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
@@ -112,11 +113,11 @@ def gather(args, data):
 def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
-            "ckpt", "scorer", "draws", "budget", "agree")
+            "ckpt", "scorer", "draws", "budget", "agree", "decoder")
     settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
     path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
     before = json.loads(path.read_text()) if path.exists() else settings
-    other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
+    other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k, "None") != v]
     if other:
         raise ValueError(f"{args.out} holds a run with other settings ({'; '.join(other)}): choose another --out")
     done = {}
@@ -272,8 +273,6 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
     said = {"way": args.way} if direction == IMAGE else None
     draw = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch}
     whole = cycle.image_text_image if direction == IMAGE else cycle.text_image_text
-    if args.scorer == "few":
-        cycle.few_steps(generator)
     if args.scorer != "denoise":
         talk = whole(captioner, generator, values, args.n, judges.pairs, args.seed, names, said, draw)
     else:
@@ -297,11 +296,14 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
         if not any(agree) or not again and args.scorer == "full" or direction == TEXT:
             continue
         some, seed = [i for i, a in enumerate(agree) if a], args.seed + again * 7919
-        kept, steps = generator.pipe.scheduler, draw | {"steps": 50}
-        generator.pipe.scheduler = generator.scheduler                  # the checkpoint's own, not --scorer few's
+        steps, pipe = draw | {"steps": 50}, getattr(generator, "pipe", None)
+        if args.scorer == "few":                                        # the checkpoint's own for a while
+            kept = pipe.scheduler, pipe.vae
+            pipe.scheduler, pipe.vae = generator.scheduler, generator.vae
         texts = [(names[i], c) for i in some for c in talk.captions[i]]
         drawn = generator.draw([c for _, c in texts], [k for k, _ in texts], seed, **steps)
-        generator.pipe.scheduler = kept
+        if args.scorer == "few":
+            pipe.scheduler, pipe.vae = kept
         for name, f in judges.pairs.items():
             column = talk.scores.setdefault(f"{name} {'again' if again else 'full'}", nan.clone())
             for i, echo in zip(some, drawn.unflatten(0, (len(some), args.n))):
@@ -485,6 +487,10 @@ def main(args):
             cycle.adopt(args.ckpt, captioner, generator)
         if args.scorer == "denoise" and not getattr(generator, "denoises", False):
             raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
+        if args.scorer == "few":
+            if not getattr(generator, "denoises", False):
+                raise ValueError(f"--scorer few: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
+            cycle.few_steps(generator, args.decoder)
     skipped, chunk, both = [], max(1, args.batch // args.n), {x.name for x in items[:args.agree]}
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):

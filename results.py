@@ -10,6 +10,7 @@ do not keep, the denoising loss of every candidate at every draw. Settings are c
 are read once.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 DOMAINS = ("in", "near", "out")
 DRAWS = (1, 2, 4, 8, 12, 16, 32, 64)
-SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, .8), (.3, 1), (.5, 1), (.6, 1))
+SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 PARTS = ("scorers", "words", "signal", "joint", "findings", "cost")
@@ -57,7 +58,8 @@ def run(args, script, *argv, several=True, threads=1):
     done = subprocess.run([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, capture_output=True,
                           text=True)
     if done.returncode:
-        raise ValueError(f"{script} failed with exit code {done.returncode}: {done.stderr[-600:]}")
+        own = [x for x in done.stderr.splitlines() if x.startswith(f"{script}: ")] or done.stderr.splitlines()[-3:]
+        raise ValueError(f"{script} ended with exit code {done.returncode}: {' '.join(own)[-500:]}")
     return done.stdout
 
 
@@ -151,9 +153,26 @@ def measure(job):
     if span is None:
         found = cycle.score(start.generator, image, captions, budget=draws, item=item)
         return {"item": item, "captions": captions, "timesteps": [found.evaluations], "loss": [(-found.score).tolist()]}
-    found = cycle.score(start.generator, image, captions, draws, item=item, span=tuple(span))
+    found = cycle.score(start.generator, image, captions, draws, item=item, span=tuple(span), gamma=None)
     return {"item": item, "captions": captions, "timesteps": found.timesteps.tolist(),
             "loss": [[float(f"{v:.6g}") for v in row] for row in found.loss.tolist()]}
+
+
+def measure_pictures(job):
+    """Scores of ten pictures given a text by the denoising loss: as it is, and less that of the empty caption."""
+    import cycle
+    import data
+    paths, item, text = job
+    images = [data.open_image(p) for p in paths]
+    return [cycle.score(start.generator, images, [text], item=item, empty=e).score.tolist() for e in (False, True)]
+
+
+def spread(args, f, jobs):
+    """[f(job)] by --processes processes of one thread, each with the generator."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
+        return list(pool.map(f, jobs, chunksize=4))
 
 
 def denoised(args, name, jobs):
@@ -181,6 +200,13 @@ def denoised(args, name, jobs):
             for job in jobs}
 
 
+def signal_to_noise():
+    """SNR of each timestep of the miniature's schedule."""
+    import cycle
+    alphas = cycle.Generator.load("miniature", "cpu").scheduler.alphas_cumprod.double().numpy()
+    return alphas / (1 - alphas)
+
+
 def some(total, count):
     """`count` of `total` stratified draws, spread evenly."""
     return ((np.arange(count) + .5) * total / count).astype(int)
@@ -201,22 +227,22 @@ def span_on_val(args):
     for i in range(0, len(items), 50):
         part = items[i:i + 50]
         said += captioner.speak([data.open_image(x.path) for x in part], 10, items=["val " + x.name for x in part])[0]
-    alphas = cycle.Generator.load("miniature", "cpu").scheduler.alphas_cumprod.numpy()
+    snr = signal_to_noise()
     found = denoised(args, "denoise-val", [(str(x.path), "val " + x.name, c, 64, (0, 1)) for x, c in zip(items, said)])
     df = metrics.document_frequency([x.captions for x in items])
     quality = np.stack([100 * metrics.cider(c, [x.captions] * 10, df) for x, c in zip(items, said)])
     rows = []
-    for span in SPANS:
-        for weight, f in WEIGHTS.items():
+    for span, (weight, f), draws in itertools.product(SPANS, WEIGHTS.items(), (12, 64)):
             score = []
             for x in items:
                 _, t, loss = found["val " + x.name]
-                inside = (t >= span[0] * 1000) & (t < span[1] * 1000)
-                w = f(alphas[t[inside]] / (1 - alphas[t[inside]]))
+                inside = np.flatnonzero((t >= span[0] * 1000) & (t < span[1] * 1000))
+                inside = inside[some(len(inside), min(draws, len(inside)))]
+                w = f(snr[t[inside]])
                 score.append(-(w[:, None] * loss[inside]).sum(0) / w.sum())
             c = metrics.choices(quality, score)
             rows.append({"span": span, "weight": weight, "gain": c["gain"], "interval": c["interval"],
-                         "draws": int(round(64 * (span[1] - span[0])))})
+                         "draws": draws, "used": len(inside)})
     return {"items": len(items), "mean": quality.mean(), "rows": rows}
 
 
@@ -228,9 +254,10 @@ def gather(args, domain, metrics, world, data):
     names = list(full)
     pool = [full[k] + beam[k] for k in names]
     said = [[r["caption"] for r in rows] for rows in pool]
-    jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 64, (.3, 1)) for k, c in zip(names, said)]
+    jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 64, (0, 1)) for k, c in zip(names, said)]
     loss, halved = denoised(args, f"denoise-{domain}", jobs), denoised(
         args, f"halved-{domain}", [(p, k, list(dict.fromkeys(c[:10])), 60, None) for (p, k, *_), c in zip(jobs, said)])
+    upper = denoised(args, f"upper-{domain}", [(p, k, c, 64, (.3, 1)) for p, k, c, *_ in jobs])
     score, unique = {}, np.array([len(set(c[:10])) for c in said])
     for name in ("clip", "dino", "pixel", "clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
@@ -238,10 +265,21 @@ def gather(args, domain, metrics, world, data):
     score["again"] = np.array([[r["scores"].get("clip again") or math.nan for r in full[k]] for k in names])
     cost = {"clip": unique * 100, "dino": unique * 100, "pixel": unique * 100, "few": unique * 16,
             "clipscore": 0 * unique, "likelihood": 0 * unique}
+    snr = signal_to_noise()
+
+    def without_drawing(found, draws, weight):
+        rows = []
+        for k, row in zip(names, said):
+            captions, t, values = found[k]
+            at, w = some(64, draws), WEIGHTS[weight](snr[t[some(64, draws)]])
+            value = dict(zip(captions, -(w[:, None] * values[at]).sum(0) / w.sum()))
+            rows.append([value[c] for c in row])
+        return np.array(rows)
     for draws in DRAWS:
-        score[f"denoise {draws}"] = np.array([[-loss[k][2][some(64, draws)][:, loss[k][0].index(c)].mean() for c in row]
-                                              for k, row in zip(names, said)])
+        score[f"denoise {draws}"] = without_drawing(loss, draws, "min(snr, 5)")
         cost[f"denoise {draws}"] = unique * draws
+    for name, found in (("even 12", loss), ("upper 12", upper)):
+        score[name], cost[name] = without_drawing(found, 12, "even"), unique * 12
     score["halved 60"] = np.array([[-halved[k][2][0][halved[k][0].index(c)] for c in row[:10]]
                                    for k, row in zip(names, said)])
     cost["halved 60"] = np.array([halved[k][1][0] for k in names])
@@ -536,37 +574,29 @@ def spoil(caption, scene, kind, seed, world):
 
 
 def planted(job):
-    """Is a planted wrong colour or shape the word that contributes least? [True or False] of some scenes."""
+    """Is a planted wrong colour or shape the word that contributes least to its caption?"""
     import torch
 
     import cycle
     import world
-    kind, rows = job[0], []
-    for split, i in job[1]:
-        scene = world.sample(split, i)
-        true = world.full_caption(scene)
-        said = spoil(true, scene, kind, i, world)
-        at = next(j for j, (a, b) in enumerate(zip(true.split(), said.split())) if a != b)
-        image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
-        found = cycle.words(start.generator, image, said, item=[split, i])
-        rows.append(min(range(len(found)), key=lambda j: found[j][1]) == at)
-    return rows
+    kind, split, i = job
+    scene = world.sample(split, i)
+    true = world.full_caption(scene)
+    said = spoil(true, scene, kind, i, world)
+    image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
+    found = [c for _, c, _ in cycle.words(start.generator, image, said, item=[split, i])]
+    return said.split()[np.argmin(found)] != true.split()[np.argmin(found)]
 
 
 def words(args):
-    """rerank.py --words on 300 captions with one planted wrong colour or shape, on test, near and out."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
+    """cycle.words, which rerank.py --words prints, on 300 captions with one planted wrong colour or shape."""
     import metrics
-    count = 10 if args.quick else 50
-    jobs = [(kind, [(split, 20_000 + i)]) for kind in ("colour", "shape") for split in ("test", "near", "out")
-            for i in range(count)]
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
-        right = list(pool.map(planted, jobs, chunksize=5))
-    cases = {"colour or shape": [r[0] for r in right]}
-    for (kind, [(split, _)]), r in zip(jobs, right):
-        cases.setdefault(f"{kind}, {'in' if split == 'test' else split}", []).append(r[0])
+    jobs = [(kind, split, 20_000 + i) for kind in ("colour", "shape") for split in ("test", "near", "out")
+            for i in range(10 if args.quick else 50)]
+    right = spread(args, planted, jobs)
+    cases = {"colour or shape": right}
+    for (kind, split, _), r in zip(jobs, right):
+        cases.setdefault(f"{kind}, {'in' if split == 'test' else split}", []).append(r)
     keep(args, "words", {"planted": {k: mean_of(v, metrics) for k, v in cases.items()}})
 
 
@@ -603,6 +633,11 @@ def findings(args):
             quality[name.upper()].append(f(pictures, data.open_image(item.path)[None]))
         quality["facts"].append([truth(item.captions[0], s, world) for s in world.look(model, pictures)])
     scores = {k: np.array([[r["scores"][k] for r in group] for _, group in rows]) for k in rows[0][1][0]["scores"]}
+    jobs = [([str(args.work / f"text-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
+            for (_, group), (x, d) in zip(rows, items)]
+    for name, found in zip(("denoise 12", "denoise 12, less the empty caption"),
+                           zip(*spread(args, measure_pictures, jobs))):
+        scores[name] = np.array(found)
     out["II"] = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
     keep(args, "findings", out)
 

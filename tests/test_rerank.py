@@ -160,6 +160,16 @@ def test_few_and_text_by_denoising(tmp_path):
     few = ["--limit", "1", "--n", "2", "--device", "cpu", "--likeness", "pixel", "--scorer", "few"]
     assert rerank.flags(few).steps == 8
     assert rerank.main(rerank.flags([*few, "--out", str(tmp_path / "few")])) == 0
+    import torch
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    AutoencoderTiny(latent_channels=8, encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8),
+                    num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).save_pretrained(tmp_path / "tiny")
+    assert rerank.main(rerank.flags([*few, "--decoder", str(tmp_path / "tiny"), "--agree", "1", "--out",
+                                     str(tmp_path / "mud")])) == 0
+    good, mud = ([x["scores"] for x in map(json.loads, (tmp_path / d / "candidates.jsonl").read_text().splitlines())]
+                 for d in ("few", "mud"))
+    assert all(g["pixel"] > m["pixel"] and m["pixel full"] > m["pixel"] for g, m in zip(good, mud))
     argv = ["a red ring", "--n", "3", "--steps", "3", "--device", "cpu", "--scorer", "denoise", "--likeness", "sbert",
             "--out", str(tmp_path / "text")]
     assert rerank.main(rerank.flags(argv)) == 0

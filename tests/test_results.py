@@ -31,7 +31,8 @@ def test_report_of_another_folder(tmp_path):
     assert report.main(report.flags(["--folder", str(tmp_path / "some")])) == 0
     assert (tmp_path / "RESULTS.md").exists() and (tmp_path / "some/scorers.png").stat().st_size > 10_000
     assert (ROOT / "README.md").read_text() == before
-    out = subprocess.run([sys.executable, "report.py", "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "report.py", "--folder", str(tmp_path)], cwd=ROOT, capture_output=True,
+                         text=True)
     assert out.returncode == 2 and "has no results" in out.stderr and "Traceback" not in out.stderr
 
 
