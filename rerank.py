@@ -450,6 +450,20 @@ def preferences(args, groups, by):
 
 
 # ---------------------------------------------------------------- the road
+def speakers(args, cycle):
+    """Captioner and generator, with the trained weights of --ckpt, fit for --scorer."""
+    captioner = cycle.Captioner.load(args.captioner, args.device, args.dtype)
+    generator = cycle.Generator.load(args.generator, args.device, args.dtype)
+    if args.ckpt:
+        cycle.adopt(args.ckpt, captioner, generator)
+    if args.scorer != "full" and not getattr(generator, "denoises", False):
+        raise ValueError(f"--scorer {args.scorer}: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer "
+                         "full")
+    if args.scorer == "few":
+        cycle.few_steps(generator, args.decoder)
+    return captioner, generator
+
+
 def main(args):
     import torch
     import torch.distributed as dist
@@ -481,16 +495,7 @@ def main(args):
     # the conversations, some items at a time; what is finished is on disk
     mine = [x for x in items[rank::world] if x.name not in done]
     if mine:
-        captioner = cycle.Captioner.load(args.captioner, args.device, args.dtype)
-        generator = cycle.Generator.load(args.generator, args.device, args.dtype)
-        if args.ckpt:
-            cycle.adopt(args.ckpt, captioner, generator)
-        if args.scorer == "denoise" and not getattr(generator, "denoises", False):
-            raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
-        if args.scorer == "few":
-            if not getattr(generator, "denoises", False):
-                raise ValueError(f"--scorer few: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
-            cycle.few_steps(generator, args.decoder)
+        captioner, generator = speakers(args, cycle)
     skipped, chunk, both = [], max(1, args.batch // args.n), {x.name for x in items[:args.agree]}
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):

@@ -26,6 +26,7 @@ DRAWS = (1, 2, 4, 8, 12, 16, 32, 64)
 SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
+VAL = 50_000                                     # scenes of each domain from here on are val
 PARTS = ("scorers", "words", "signal", "joint", "findings", "cost")
 
 
@@ -213,29 +214,45 @@ def some(total, count):
 
 
 # ---------------------------------------------------------------- scoring without drawing
+def val_items(args):
+    """Val of each domain as data.Items: the set's val split, and pictures of near and out scenes from VAL on."""
+    import torch
+
+    import data
+    import world
+    count = 20 if args.quick else 150
+    items = [data.Item("val " + x.name, x.path, x.captions) for x in data.read(world_set(args), "val")[:count]]
+    for domain, i in itertools.product(("near", "out"), range(VAL, VAL + count)):
+        scene, path = world.sample(domain, i), args.work / "val" / domain / f"{i}.png"
+        if not path.exists():
+            data.save_image(torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255, path)
+        items.append(data.Item(f"val {domain} {i}", path, world.captions(scene)))
+    return items
+
+
 def span_on_val(args):
-    """Which timesteps and weights, chosen on val (in-domain): CIDEr gain of choosing one of ten. -> the table."""
+    """Which timesteps and weights, chosen on val: CIDEr gain of choosing one of ten. -> the table."""
     import torch
 
     import cycle
     import data
     import metrics
-    items = data.read(world_set(args), "val")[:40 if args.quick else 300]
+    items = val_items(args)
     torch.set_num_threads(args.processes)
     captioner = cycle.Captioner.load("miniature", "cpu", args.dtype)
     said = []
     for i in range(0, len(items), 50):
         part = items[i:i + 50]
-        said += captioner.speak([data.open_image(x.path) for x in part], 10, items=["val " + x.name for x in part])[0]
+        said += captioner.speak([data.open_image(x.path) for x in part], 10, items=[x.name for x in part])[0]
     snr = signal_to_noise()
-    found = denoised(args, "denoise-val", [(str(x.path), "val " + x.name, c, 64, (0, 1)) for x, c in zip(items, said)])
+    found = denoised(args, "denoise-val", [(str(x.path), x.name, c, 64, (0, 1)) for x, c in zip(items, said)])
     df = metrics.document_frequency([x.captions for x in items])
     quality = np.stack([100 * metrics.cider(c, [x.captions] * 10, df) for x, c in zip(items, said)])
     rows = []
     for span, (weight, f), draws in itertools.product(SPANS, WEIGHTS.items(), (12, 64)):
             score = []
             for x in items:
-                _, t, loss = found["val " + x.name]
+                _, t, loss = found[x.name]
                 inside = np.flatnonzero((t >= span[0] * 1000) & (t < span[1] * 1000))
                 inside = inside[some(len(inside), min(draws, len(inside)))]
                 w = f(snr[t[inside]])
@@ -379,7 +396,6 @@ def scorers(args):
 # ---------------------------------------------------------------- joint training
 SUBSETS = {"none": "", "tg": "tg", "ig": "ig", "tg + ir": "tg ir", "ig + tr": "ig tr", "all four": "tg ir ig tr"}
 ALONE = {"CIDEr": "tg", "facts": "tg", "tg": "tg", "pairs": "ig", "ig": "ig"}       # what a joint row must beat
-VAL = 50_000                                                           # scenes from here on are val, of each domain
 
 
 def begin():
