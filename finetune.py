@@ -3,6 +3,7 @@
     python finetune.py --steps 200                                   # the miniature, on pictures drawn as it goes
     python finetune.py --captioner vitb --data data/coco             # the paper's run: SD v1-4, batch 8, 5 epochs
     python finetune.py --captioner vitb --data data/coco --losses tg ir            # a row of Table 5
+    python finetune.py --captioner vitb --data data/coco --own photos/             # pictures that nobody described
     torchrun --nproc_per_node=8 finetune.py --captioner vitb --data data/coco      # the same training
     python finetune.py --resume                                      # goes on where it was stopped or killed
     python finetune.py --export out/models                           # stock directories for from_pretrained
@@ -25,8 +26,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
-TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge", "batch", "lr", "clip",
-            "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
+TRAINING = ("captioner", "generator", "data", "split", "own", "losses", "weights", "unfreeze", "bridge", "temperature",
+            "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
@@ -36,13 +37,16 @@ def flags(argv=None):
     p.add_argument("--generator", help="miniature, sd14, a directory or hub id; follows --captioner")
     p.add_argument("--data", help="a set's folder: COCO Karpathy, pictures with metadata.jsonl; default miniature")
     p.add_argument("--split", default="train", help="of --data; the miniature also draws `all`: every colour and shape")
+    p.add_argument("--own", help="pictures without captions for ir, a folder or a split of --data: the captioner's own "
+                   "words stand in for human ones; as many a step as --batch")
     p.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="which of Eq. 1-4; Table 5")
     p.add_argument("--weights", nargs="+", type=float, help="a weight for each of --losses; default 1, as in Eq. 5")
     p.add_argument("--unfreeze", nargs=2, default=["q", "q"], choices=["q", "kv", "qkv", "none"],
                    metavar=("CAPTIONER", "GENERATOR"), help="projections of cross-attention to train: q kv qkv none")
     p.add_argument("--side", type=int, help="pixels a side that BLIP-2 sees; default 384 of blip2 (the paper's)")
     p.add_argument("--bridge", default="anchored", choices=["anchored", "plain", "word"], help="plain is the paper's")
-    p.add_argument("--lr", type=float, default=1e-4, help="of AdamW")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the distributions that cross the bridge in ir")
+    p.add_argument("--lr", type=float, nargs="+", default=[1e-4], help="of AdamW; a second number is the generator's")
     p.add_argument("--batch", type=int, default=8, help="samples a step, of all processes together")
     p.add_argument("--micro", type=int, help="samples at once on a device: memory, not the result; default all of them")
     p.add_argument("--chunk", type=int, help="images at once in tr, the peak of memory; default 1, the miniature 8")
@@ -74,12 +78,16 @@ def flags(argv=None):
     args.chunk = args.chunk or (8 if args.captioner == "miniature" else 1)
     args.losses = [name for name in LOSSES if name in args.losses]
     args.weights = args.weights or [1.0] * len(args.losses)
+    if len(args.lr) > 2:
+        p.error("--lr takes one number, or the captioner's and the generator's")
     if len(args.weights) != len(args.losses):
         p.error(f"--weights: {len(args.weights)} numbers for {len(args.losses)} losses ({' '.join(args.losses)})")
+    if args.own and "ir" not in args.losses:
+        p.error("--own gives pictures to ir, which is not among --losses")
     if args.data is None:
         p.error(f"--captioner {args.captioner} needs --data: the folder with dataset_coco.json and its pictures")
-    if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1:
-        p.error("--batch, --micro, --chunk, --thin and --every are at least 1")
+    if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1 or not args.temperature > 0:
+        p.error("--batch, --micro, --chunk, --thin and --every are at least 1, --temperature is above 0")
     return args
 
 
@@ -87,10 +95,10 @@ def flags(argv=None):
 class Samples:
     """Pictures with captions, by index; those of the miniature are drawn."""
 
-    def __init__(self, place, split, data, world):
+    def __init__(self, place, split, data, world, silent=False):
         self.data, self.world, self.split, self.bad = data, world, split, {}
         self.drawn = place == "miniature" and split in ("train", "all")
-        self.items = None if self.drawn else [x for x in data.read(place, split) if x.captions]
+        self.items = None if self.drawn else [x for x in data.read(place, split) if x.captions or silent]
         if self.items == []:
             raise ValueError(f"{place} has no captions in its {split} split: there is nothing to learn from")
         self.count = 20_000 if self.drawn else len(self.items)
@@ -168,28 +176,31 @@ class Latents:
         return both.to(torch.promote_types(both.dtype, torch.float32)).to(self.generator.device)
 
 
-def collate(indices, step, args, samples, latents, way, captioner, generator, chance):
-    """The Batch of these samples at this step: a function of (seed, step, sample) and the data."""
+def collate(indices, step, args, wanted, samples, latents, way, captioner, generator, chance, own=False):
+    """The Batch of these samples at this step, for the wanted losses: a function of (seed, step, sample) and the data;
+    own: with what the captioner says of the pictures at this step, sampled as in rerank.py, for captions."""
     import torch
 
     import losses
     rows, images, captions = [], [], []
     for i in indices:
         image, said = samples[i]
-        g = chance("finetune", args.seed, step, i)
-        captions.append(said[torch.randint(len(said), (), generator=g)])
+        g = chance("own" if own else "finetune", args.seed, step, i)
+        captions.append(None if own else said[torch.randint(len(said), (), generator=g)])
         images.append(image)
         rows.append((g, torch.randint(generator.scheduler.config.num_train_timesteps, (), generator=g),
                      torch.rand((), generator=g)))
+    if own:
+        captions = [row[0] for row in captioner.speak(images, 1, seed=args.seed, items=[[step, i] for i in indices])[0]]
     batch = losses.Batch(captions, images)
-    if set(args.losses) != {"tg"}:
+    if set(wanted) - {"tg"}:
         mean, std = latents(indices, images)
         noise = torch.stack([torch.randn(2, *mean.shape[1:], generator=g) for g, *_ in rows], 1).to(mean)
         batch.latents, batch.noise = mean + std * noise[0], noise[1]
         batch.timesteps = torch.stack([t for _, t, _ in rows]).to(mean.device)
         kept = [(u * args.thin < 1) & (t < (args.tmax or math.inf)) for _, t, u in rows]
         batch.heard = torch.stack(kept).to(mean) * args.thin
-    if "ir" in args.losses:
+    if "ir" in wanted:
         start = len(captioner.prompt)
         batch.layout = way.layout([captioner.space + c for c in captions], start - 1, captioner.limit - start - 1)
         batch.layout = batch.layout.to(captioner.device)
@@ -209,7 +220,7 @@ def unfreeze(captioner, generator, args):
     found, which = {}, list(args.unfreeze)
     if args.losses == ["ig"]:
         which[0] = "none"                       # ir and tr reach both sides, tg and ig their own
-    if args.losses == ["tg"]:
+    if args.losses == ["tg"] or args.own and not {"ig", "tr"} & set(args.losses):
         which[1] = "none"
     query = getattr(captioner.model, "query_tokens", None)
     if query is not None and which[0] != "none":
@@ -307,7 +318,6 @@ def main(args):
     import torch
     import torch.distributed as dist
 
-    import bridge
     import cycle
     import data
     import losses
@@ -326,7 +336,11 @@ def main(args):
 
     # the two sides, what is trained of them, and what lies between
     samples = Samples(args.data, args.split, data, drawn)
-    if samples.count < args.batch:
+    own = None
+    if args.own:
+        own = Samples(*((args.own, "test") if os.path.isdir(args.own) else (args.data, args.own)), data, drawn, True)
+        samples.name += f"; own words of {own.name}"
+    if min(x.count for x in (samples, own) if x) < args.batch:
         raise ValueError(f"{samples.name}: less than one --batch of {args.batch}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
     generator = cycle.Generator.load(args.generator, device, dtype)
@@ -335,19 +349,13 @@ def main(args):
             raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")
         captioner.size = (args.side, args.side)
     trained = unfreeze(captioner, generator, args)
-    adam = torch.optim.AdamW(trained.values(), lr=args.lr)
+    adam = torch.optim.AdamW([{"params": [p for k, p in trained.items() if k.startswith(side)], "lr": lr}
+                              for side, lr in (("captioner", args.lr[0]), ("generator", args.lr[-1]))])
     if args.checkpointing:
         generator.unet.enable_gradient_checkpointing()
         generator.vae.enable_gradient_checkpointing()
-    way = cross = decode = None
-    if "ir" in args.losses:
-        encoder = generator.text_encoder
-        way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, encoder.get_input_embeddings().weight,
-                            len(captioner.head.weight), args.bridge, captioner.prompt[0], captioner.end)
-
-        def cross(reading, layout):
-            embeddings, ce, _ = way(reading.hidden, reading.weight, reading.bias, layout)
-            return bridge.soft_states(encoder, embeddings, layout.target), ce
+    way, cross = crossing(args, captioner, generator) if "ir" in args.losses else (None, None)
+    decode = None
     if args.decoder != "exact" and "tr" in args.losses:
         decode = cycle.tiny_decoder(args.decoder, generator)
     latents = Latents(args.cache, samples, generator, args.generator, rank, world)
@@ -362,14 +370,15 @@ def main(args):
         print(f"finetune.py: training {sum(p.numel() for p in trained.values()):,} of {whole:,} weights; "
               f"{samples.name}; steps {start} to {total} of {args.batch} samples")
 
-    def gradients(step, weights):
-        """Adds this process's part of a step's gradients; (losses, 2): sum and count of each loss."""
+    def part(step, weights, samples, latents, own=False):
+        """Adds this process's part of a step's gradients of some losses; (losses, 2): sum and count of each."""
         epoch, place = divmod(step, samples.count // args.batch)
-        order = torch.randperm(samples.count, generator=cycle.chance("order", args.seed, epoch))
+        order = torch.randperm(samples.count, generator=cycle.chance("own" if own else "order", args.seed, epoch))
         mine = order[place * args.batch:][:args.batch].tolist()[rank::world]
         sums, micro = torch.zeros(len(LOSSES), 2, dtype=torch.float64), args.micro or args.batch
         for i in range(0, len(mine), micro):
-            batch = collate(mine[i:i + micro], step, args, samples, latents, way, captioner, generator, cycle.chance)
+            batch = collate(mine[i:i + micro], step, args, weights, samples, latents, way, captioner, generator,
+                            cycle.chance, own)
             objective, each = losses.joint(captioner, generator, cross, batch,
                                            {k: w / args.batch for k, w in weights.items()}, args.chunk, True, decode)
             if objective.requires_grad:
@@ -379,13 +388,27 @@ def main(args):
                 sums[LOSSES.index(name)] += torch.tensor([value.double().sum().item(), len(value)])
         return sums
 
+    def gradients(step, weights):
+        """`part` of the captioned samples; with --own, ir of pictures nobody described, which teaches the captioner
+        alone: a generator would learn its mistakes from it."""
+        paired = {k: w for k, w in weights.items() if k != "ir" or not own}
+        sums = part(step, paired, samples, latents) if paired else 0
+        if own and "ir" in weights:
+            theirs = [p for k, p in trained.items() if k.startswith("generator.")]
+            for p in theirs:
+                p.requires_grad_(False)
+            sums = sums + part(step, {"ir": weights["ir"]}, own, Latents(None, own, generator, args.generator), True)
+            for p in theirs:
+                p.requires_grad_()
+        return sums
+
     def measure():
         """Mean losses of the held-out samples, under chance that is the same at every step."""
         sums, kept = dict.fromkeys(args.losses, 0.0), Latents(None, held, generator, args.generator)
         count = min(args.held, held.count)
         for i in range(0, count, args.micro or args.batch):
             rows = range(i, min(i + (args.micro or args.batch), count))
-            batch = collate(rows, -1, args, held, kept, way, captioner, generator, cycle.chance)
+            batch = collate(rows, -1, args, args.losses, held, kept, way, captioner, generator, cycle.chance)
             batch.heard = None
             with torch.no_grad():
                 each = losses.joint(captioner, generator, cross, batch, weights, args.chunk, True, decode)[1]
@@ -397,6 +420,24 @@ def main(args):
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def crossing(args, captioner, generator):
+    """The bridge, and what losses.joint wants of it: (reading, layout) -> (text states, token losses)."""
+    import bridge
+    import losses
+    encoder = generator.text_encoder
+    way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, encoder.get_input_embeddings().weight,
+                        len(captioner.head.weight), args.bridge, captioner.prompt[0], captioner.end)
+
+    def cross(reading, layout):
+        hidden, bias = reading.hidden / args.temperature, reading.bias
+        bias = bias if bias is None else bias / args.temperature
+        embeddings, ce, _ = way(hidden, reading.weight, bias, layout)
+        if args.temperature != 1:                                            # tg stays what it is
+            ce = losses.token_loss(reading)
+        return bridge.soft_states(encoder, embeddings, layout.target), ce
+    return way, cross
 
 
 def held_out(args, samples, data, drawn):

@@ -103,10 +103,15 @@ def echo(captioner, decode, x0, batch, weight, chunk, split):
 # ---------------------------------------------------------------- captions
 def caption_loss(reading):
     """Cross-entropy of each caption in nats per token (Eq. 1 as the libraries train it): (B,)."""
+    return per_caption(token_loss(reading), reading.targets)
+
+
+def token_loss(reading):
+    """Cross-entropy of each token in nats, 0 where there is none: (B, L)."""
     logits = F.linear(reading.hidden, reading.weight, reading.bias)                     # (B, L, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ce = F.cross_entropy(logits.flatten(0, 1), reading.targets.flatten(), reduction="none", ignore_index=-100)
-    return per_caption(ce.view(reading.targets.shape), reading.targets)
+    return ce.view(reading.targets.shape)
 
 
 def per_caption(ce, targets):

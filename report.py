@@ -13,6 +13,12 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 DOMAINS = ("in", "near", "out")
+# The paper's own numbers, in columns of their own: NoCaps; captions by BLIP ViT-B, pictures by Stable Diffusion v1-4
+PAPER = {"findings": {"clip": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)"},
+         "pictures": {"a random one": "Table 2: FID 32.37, IS 41.19", "clip": "Table 2: FID 29.59, IS 45.64"},
+         "captions": {"none": "Table 3: 109.7 (in 111.8, near 108.6, out 111.5)", "tg": "Table 5, w/o IR: 109.7",
+                      "all four": "Table 3: 111.8 (in 114.9, near 110.8, out 112.9)"},
+         "drawings": {"none": "Table 4: .4039", "ig": "Table 4: .4077", "all four": "Table 4: .3978"}}
 NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
          "few": "few steps (8), CLIP", "again": "full cycle, CLIP, another seed",
          "clipscore": "*no cycle:* CLIP(picture, caption)",
@@ -28,8 +34,7 @@ def flags(argv=None):
 
 # ---------------------------------------------------------------- tables
 def name_of(key):
-    return NAMES.get(key) or (f"denoise, {key.split()[1]} noises" if key.startswith("denoise") else
-                              key.replace("ranks: ", "sum of ranks: "))
+    return NAMES.get(key) or re.sub(r"^denoise (\d+)", r"denoise, \1 noises", key).replace("ranks: ", "sum of ranks: ")
 
 
 def with_interval(x, digits=1, sign=True):
@@ -66,17 +71,18 @@ def text_scorers(found):
             for k, r in found["scorers"].items() if "with_beams" in r["all"]]
     lines += ["", "With the three beams added to the ten:", "",
               markdown(["chosen by", "CIDEr", "minus beam search"], both)]
-    val = {(tuple(r["span"]), r["weight"], r["draws"]): r for r in found["val"]["rows"]}
-    best = sorted((k for k in val if k[2] == 64), key=lambda k: -val[k]["gain"])
-    lines += ["", f"Span and weight of the (velocity) denoising loss, by the gain on {found['val']['items']} val "
-              "pictures; the default is the first row. A part of the schedule holds fewer than 64 of the draws.", "",
-              markdown(
-                  ["timesteps", "weight", "up to 64 noises", "12 noises"],
-                  [[f"{s[0]:g} to {s[1]:g}", w, with_interval(val[s, w, 64]), with_interval(val[s, w, 12])]
-                   for s, w, _ in best])]
     lines += ["", "Subtracting the loss under the empty caption changes no order among the captions of one picture, by "
               "construction; for pictures of one text it does (Finding II above)."]
     return lines
+
+
+def text_val(found):
+    rows = [[f"{r['span'][0]:g} to {r['span'][1]:g}", r["weight"], f"{r['draws']:.1f}", with_interval(r),
+             with_interval(r["minus even"])] for r in sorted(found["rows"], key=lambda r: -r["gain"])]
+    return [f"The gain of choosing one of ten captions of {found['items']} val scenes (mean CIDEr {found['mean']:.1f}) "
+            "by 12 draws over the whole schedule, or by those of them that lie in a part of it. Weights multiply the "
+            "velocity loss, the miniature's own.", "", markdown(["timesteps", "weight", "draws", "gain [95 %]",
+                                            "minus even weights over 0 to 1"], rows)]
 
 
 def text_words(found):
@@ -94,38 +100,102 @@ def text_signal(found):
 
 
 def text_joint(found):
-    lines = [f"{found['steps']} steps of 8, {found['seeds']} seeds, learning rate {found['lr']:g}, weight of ir "
-             f"{found['ir']} (both chosen on val), query projections, all pairs captioned (`--split all`). Scenes "
-             "nothing was trained on; means over seeds, 95 % intervals over scenes. `alone`: for captions the row tg, "
-             "for drawings the row ig; an interval that holds zero is no gain.", ""]
-    for d in ("all", *DOMAINS):
-        rows = []
-        for name, r in found["rows"].items():
-            own = [with_interval(r[d][k], n, False) for k, n in (("CIDEr", 1), ("facts", 3), ("pairs", 3))]
-            less = [with_interval(r[d]["minus alone"][k], n) if "+" in name or "all" in name else ""
-                    for k, n in (("CIDEr", 1), ("facts", 3), ("pairs", 3))]
-            rows.append([name, *own, *less])
-        lines += [f"**{d}** ({found['rows']['none'][d]['CIDEr']['n']} scenes)", "", markdown(
-            ["losses", "CIDEr, 3 beams", "true facts", "drawings right", "CIDEr - alone", "facts - alone",
-             "drawings - alone"], rows), ""]
-    tried = ", ".join(f"{k.removeprefix('val-')} {v:.1f}" for k, v in found["val"].items())
-    return [*lines, f"CIDEr on val, from which learning rate and weight were chosen: {tried}."]
+    rows, alone, chosen = found["rows"], found["alone"], found["chosen"]
+    lines = [f"{found['steps']} steps of 8, {found['seeds']} seeds, query projections. Learning rate and weight of ir, "
+             f"chosen on val: {chosen['paired'][0]:g} and {chosen['paired'][1]:g} with human captions, "
+             f"{chosen['own'][0]:g} and {chosen['own'][1]:g} with own words; learning rate of the generator "
+             f"{found['generator_lr']:g}. Means over seeds, 95 % intervals over scenes nothing was trained on.", "",
+             "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only pairs "
+             "that the captioner has always known. `own words`: the same, and beside it pictures of all pairs that "
+             "nobody described (`--own all`), for ir alone. `alone` is what a row has to beat: the same training "
+             "without the other model (" + "; ".join(f"{k}: {v if isinstance(v, str) else ' / '.join(v)}" for k, v in alone.items()
+                                        if k in rows) + ").", "", "**What it does to the captioner**", ""]
+    table = [[name, with_interval(r["all"]["CIDEr"], 1, False), with_interval(r["all"]["facts"], 3, False),
+              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
+                (("CIDEr", 1), ("facts", 3))),
+              *(with_interval(r["all"][f"{k} minus alone"], n) if name in alone else "" for k, n in
+                (("CIDEr", 1), ("facts", 3))), PAPER["captions"].get(name, "")]
+             for name, r in rows.items() if name == "none" or not drawer(name)]
+    head = ["trained", "CIDEr, 3 beams", "true facts", "CIDEr - none", "facts - none", "CIDEr - alone", "facts - alone",
+            "the paper's CIDEr"]
+    lines += [markdown(head, table), "", f"{rows['none']['all']['CIDEr']['n']:,} scenes. By domain, minus none:", ""]
+    lines += [markdown(["trained", *(f"{k}, {d}" for k in ("CIDEr", "facts") for d in DOMAINS)], [
+        [name, *(with_interval(r[d][f"{k} minus none"], n) for k, n in (("CIDEr", 1), ("facts", 3)) for d in DOMAINS)]
+        for name, r in rows.items() if name != "none" and not drawer(name)]), ""]
+    lines += ["**What it does to the generator**", ""]
+    table = [[name, with_interval(r["all"]["pairs"], 3, False), with_interval(r["all"]["ig"], 4, False),
+              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
+                (("pairs", 3), ("ig", 4))),
+              with_interval(r["all"]["pairs minus alone"], 3) if name in alone else "",
+              PAPER["drawings"].get(name, "")] for name, r in rows.items() if "pairs" in r["all"]]
+    lines += [markdown(["trained", "drawings right", "denoising loss", "drawings - none", "loss - none",
+                        "drawings - alone", "the paper's CLIP distance"], table), "",
+              f"{rows['none']['all']['pairs']['n']} scenes, drawn in 8 steps of DPM-Solver++; right: every colour-shape "
+              "pair, by the independent reader.", ""]
+    tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
+             for k, v in found["val"].items()]
+    lines += ["**Tried on val** (seed 99; own words and tg + ir were chosen by CIDEr, ig by the denoising loss)", "",
+              markdown(["run", "CIDEr", "true facts", "denoising loss"], tried), ""]
+    norms = [[name, k.removeprefix("norm_"), *(f"{v[side]:.3f}" for side in ("captioner", "generator"))]
+             for name, row in found["norms"].items() for k, v in row.items()]
+    return [*lines, "**Gradient norms** at the first step, weights included", "",
+            markdown(["run", "loss", "captioner", "generator"], norms)]
+
+
+def drawer(name):
+    """Rows that train the generator alone."""
+    return name.startswith("ig")
 
 
 def text_findings(found):
     lines = []
     for which, title in (("I", "Finding I: image -> text -> image"), ("II", "Finding II: text -> image -> text")):
         for quality, scores in found[which].items():
-            rows, digits = [], 1 if quality == "CIDEr" else 3
-            for key, r in scores.items():
-                c = r["all"]
-                rows.append([name_of(key), f"{c['mean']:.{digits}f}", f"{c['chosen']:.{digits}f}",
-                             f"{c['oracle']:.{digits}f}", with_interval(c, digits),
-                             *(with_interval(r[d], digits) for d in DOMAINS)])
-            n = next(iter(scores.values()))["all"]["items"]
-            lines += [f"**{title}, {quality}** ({n:,} items)", "", markdown(
-                ["ranked by", "mean", "chosen", "oracle", "gain [95 %]", "in", "near", "out"], rows), ""]
+            lines += [f"**{title}, {quality}** ({count(scores):,} items)", "",
+                      choice_table(scores, quality, PAPER["findings"] if quality == "CIDEr" else {}), ""]
+            if quality in found.get("beam", {}):
+                beam, digits = found["beam"][quality], 1 if quality == "CIDEr" else 3
+                lines += ["Beam search (3), without a choice: " + ", ".join(
+                    f"{with_interval(v, digits, False)} {d}" for d, v in beam.items()) + ".", ""]
     return lines
+
+
+def count(scores):
+    return next(iter(scores.values()))["all"]["items"]
+
+
+def choice_table(scores, quality, paper=()):
+    rows, digits = [], 1 if quality == "CIDEr" else 3
+    for key, r in scores.items():
+        c = r["all"]
+        rows.append([name_of(key), f"{c['mean']:.{digits}f}", f"{c['chosen']:.{digits}f}", f"{c['oracle']:.{digits}f}",
+                     with_interval(c, digits), *(with_interval(r[d], digits) for d in DOMAINS),
+                     *([paper.get(key, "")] if paper else [])])
+    return markdown(["ranked by", "mean", "chosen", "oracle", "gain [95 %]", "in", "near", "out",
+                     *(["the paper's"] if paper else [])], rows)
+
+
+def text_pictures(found):
+    rows = [[name_of(k), f"{v['FD-DINO']:.3f}", f"{v['IS']:.2f}", PAPER["pictures"].get(k, "")]
+            for k, v in found["sets"].items()]
+    n = count(found["II"]["CLIP"])
+    lines = [f"Ten drawings of each of {n:,} texts in 8 steps of DPM-Solver++.", ""]
+    for quality, scores in found["II"].items():
+        lines += [f"**Finding II, {quality}** ({n:,} items)", "", choice_table(scores, quality), ""]
+    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and the "
+            "Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
+            markdown(["ranked by", "FD-DINO", "IS", "the paper's (Inception)"], rows)]
+
+
+def text_samplers(found):
+    def row(name, r):
+        return [name, f"{r['clip']['mean']:.1f}", f"{r['clip']['oracle']:.1f}",
+                *(with_interval(r[k]) for k in ("clip", "dino", "pixel", "clipscore", "likelihood"))]
+    head = ["mean", "oracle", "CLIP", "DINO", "pixels", "*no cycle:* CLIP(picture, caption)", "*no cycle:* likelihood"]
+    ways = [row(f"{k} ({r['different']:.1f} different of ten)", r) for k, r in found["ways"].items()]
+    return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {found['ways']['top-p']['clip']['items']} pictures.", "",
+            markdown(["ten captions by", *head], ways), "",
+            markdown(["N (top-p)", *head], [row(k, r) for k, r in found["N"].items()])]
 
 
 def text_cost(found):
@@ -137,8 +207,9 @@ def text_cost(found):
             "In brackets: as a multiple of tg and ig, which is what training the two models apart costs."]
 
 
-SECTIONS = {"findings": "Do they understand each other?", "scorers": "Which caption, at what price?",
-            "words": "Which word is wrong?", "signal": "What is there to learn from?",
+SECTIONS = {"findings": "Do they understand each other?", "pictures": "Which picture, where drawings fail?",
+            "samplers": "Does it hang on how captions are sampled?", "scorers": "Which caption, at what price?",
+            "val": "Which timesteps?", "words": "Which word is wrong?", "signal": "What is there to learn from?",
             "joint": "Can they teach each other?", "cost": "What does a joint step cost?"}
 
 
@@ -152,6 +223,8 @@ def write(folder):
         if (folder / f"{name}.json").exists():
             found = json.loads((folder / f"{name}.json").read_text())
             about, figure = found["about"], [f"![{title}]({folder.name}/{name}.png)", ""] if name in FIGURES else []
+            if name == "findings" and (folder / "scorers.json").exists():
+                found = {"beam": {"CIDEr": json.loads((folder / "scorers.json").read_text())["beam"]}} | found
             parts[name] = globals()[f"text_{name}"](found)
             out += ["", f"## {title}", "", f"`python results.py {name}`; {about['machine']}, torch {about['torch']}, "
                     f"{about['dtype']}.", "", *figure, *parts[name]]
@@ -206,17 +279,19 @@ def figure_findings(found, plt):
 
 
 def figure_joint(found, plt):
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for axis, (key, title) in zip(axes, (("CIDEr", "CIDEr, 3 beams"), ("facts", "true facts"),
-                                         ("pairs", "drawings right"))):
+    names = [k for k in found["rows"] if k != "none" and not drawer(k)]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
+    for axis, key in zip(axes, ("CIDEr", "facts")):
         for i, d in enumerate(DOMAINS):
-            rows = [r[d][key] for r in found["rows"].values()]
-            axis.errorbar(np.arange(len(rows)) + (i - 1) * .15, [r["value"] for r in rows],
-                          [[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]], fmt="o",
-                          ms=3, label=d)
-        axis.set(title=title, xticks=range(len(rows)))
-        axis.set_xticklabels(list(found["rows"]), rotation=40, fontsize=7)
-    axes[0].legend(fontsize=7)
+            rows = [found["rows"][k][d][f"{key} minus none"] for k in names]
+            axis.errorbar([r["value"] for r in rows], np.arange(len(rows)) + (i - 1) * .2,
+                          xerr=[[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]], fmt="o",
+                          ms=4, label=d)
+        axis.axvline(0, color="grey", lw=1)
+        axis.set(title=f"{key}: trained - not trained", yticks=range(len(names)))
+    axes[0].set_yticklabels(names, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8)
     return figure
 
 

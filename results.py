@@ -27,7 +27,7 @@ SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
-PARTS = ("scorers", "words", "signal", "joint", "findings", "cost")
+PARTS = ("val", "scorers", "words", "signal", "joint", "findings", "samplers", "pictures", "cost")
 
 
 def flags(argv=None):
@@ -35,7 +35,7 @@ def flags(argv=None):
     p.add_argument("parts", nargs="*", help=f"of {' '.join(PARTS)}; default all of them")
     p.add_argument("--quick", action="store_true", help="few items, few steps, into results/quick")
     p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
-    p.add_argument("--dtype", default="bfloat16", help="of the models in the frozen cycles; float32 takes longer")
+    p.add_argument("--dtype", default="float32", help="of the frozen cycles' models; bfloat16 if the CPU has it")
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files and figures")
     p.add_argument("--work", type=Path, default=HERE / "out/results", help="folder of candidates and checkpoints")
     args = p.parse_args(argv)
@@ -214,53 +214,47 @@ def some(total, count):
 
 
 # ---------------------------------------------------------------- scoring without drawing
-def val_items(args):
-    """Val of each domain as data.Items: the set's val split, and pictures of near and out scenes from VAL on."""
-    import torch
-
-    import data
-    import world
-    count = 20 if args.quick else 150
-    items = [data.Item("val " + x.name, x.path, x.captions) for x in data.read(world_set(args), "val")[:count]]
-    for domain, i in itertools.product(("near", "out"), range(VAL, VAL + count)):
-        scene, path = world.sample(domain, i), args.work / "val" / domain / f"{i}.png"
-        if not path.exists():
-            data.save_image(torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255, path)
-        items.append(data.Item(f"val {domain} {i}", path, world.captions(scene)))
-    return items
-
-
-def span_on_val(args):
-    """Which timesteps and weights, chosen on val: CIDEr gain of choosing one of ten. -> the table."""
+def val(args):
+    """Which timesteps and weights of the denoising loss: CIDEr gain of choosing one of ten captions of a val scene,
+    12 draws over the whole schedule."""
     import torch
 
     import cycle
     import data
     import metrics
-    items = val_items(args)
-    torch.set_num_threads(args.processes)
-    captioner = cycle.Captioner.load("miniature", "cpu", args.dtype)
-    said = []
+    import world
+    count, items = 20 if args.quick else 300, []
+    for domain, i in itertools.product(("val", "near", "out"), range(VAL, VAL + count)):
+        scene, path = world.sample(domain, i), args.work / "val" / domain / f"{i}.png"
+        if not path.exists():
+            data.save_image(torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255, path)
+        items.append(data.Item(f"val {domain} {i}", path, world.captions(scene)))
+    captioner, said = cycle.Captioner.load("miniature", "cpu", args.dtype), []
     for i in range(0, len(items), 50):
         part = items[i:i + 50]
         said += captioner.speak([data.open_image(x.path) for x in part], 10, items=[x.name for x in part])[0]
-    snr = signal_to_noise()
-    found = denoised(args, "denoise-val", [(str(x.path), x.name, c, 64, (0, 1)) for x, c in zip(items, said)])
-    df = metrics.document_frequency([x.captions for x in items])
+    found = denoised(args, "denoise-val", [(str(x.path), x.name, c, 12, (0, 1)) for x, c in zip(items, said)])
+    df, snr = metrics.document_frequency([x.captions for x in items]), signal_to_noise()
     quality = np.stack([100 * metrics.cider(c, [x.captions] * 10, df) for x, c in zip(items, said)])
     rows = []
-    for span, (weight, f), draws in itertools.product(SPANS, WEIGHTS.items(), (12, 64)):
-            score = []
-            for x in items:
-                _, t, loss = found[x.name]
-                inside = np.flatnonzero((t >= span[0] * 1000) & (t < span[1] * 1000))
-                inside = inside[some(len(inside), min(draws, len(inside)))]
-                w = f(snr[t[inside]])
-                score.append(-(w[:, None] * loss[inside]).sum(0) / w.sum())
-            c = metrics.choices(quality, score)
-            rows.append({"span": span, "weight": weight, "gain": c["gain"], "interval": c["interval"],
-                         "draws": draws, "used": len(inside)})
-    return {"items": len(items), "mean": quality.mean(), "rows": rows}
+    for span, (weight, f) in itertools.product(SPANS, WEIGHTS.items()):
+        score, used = [], []
+        for x, c in zip(items, said):
+            own, t, loss = found[x.name]
+            inside = (t >= span[0] * 1000) & (t < span[1] * 1000)
+            w = f(snr[t[inside]])
+            value = dict(zip(own, -(w[:, None] * loss[inside]).sum(0) / w.sum()))
+            score.append([value[k] for k in c])
+            used.append(inside.sum())
+        best = metrics.choices(quality, score)
+        gain = np.take_along_axis(quality, np.argmax(score, 1)[:, None], 1)[:, 0]
+        rows.append({"span": span, "weight": weight, "gain": best["gain"], "interval": best["interval"],
+                     "draws": np.mean(used), "chosen": gain})
+    default = next(r for r in rows if r["span"] == (0, 1) and r["weight"] == "even")
+    for r in rows:
+        r["minus even"] = mean_of(r["chosen"] - default["chosen"], metrics)
+    keep(args, "val", {"items": len(items), "mean": quality.mean(),
+                       "rows": [{k: v for k, v in r.items() if k != "chosen"} for r in rows]})
 
 
 def gather(args, domain, metrics, world, data):
@@ -362,7 +356,7 @@ def scorers(args):
     import metrics
     import world
     candidates(args)
-    on_val, w = span_on_val(args), together(args, metrics, world, data)
+    w = together(args, metrics, world, data)
     quality, said = w["quality"]["CIDEr"], w["said"]
     beam = quality[:, 10]                                             # the first of three beams is beam search's answer
     rows = {}
@@ -390,12 +384,25 @@ def scorers(args):
                 row[domain]["with_beams_over_beam"] = mean_of(quality[at, d] - beam[at], metrics)
         rows[name] = row
     beams = {d: mean_of(beam[(w["domain"] == d) | (d == "all")], metrics) for d in ("all", *DOMAINS)}
-    keep(args, "scorers", {"val": on_val, "beam": beams, "seconds": seconds(args, w, data, metrics), "scorers": rows})
+    keep(args, "scorers", {"beam": beams, "seconds": seconds(args, w, data, metrics), "scorers": rows})
 
 
 # ---------------------------------------------------------------- joint training
-SUBSETS = {"none": "", "tg": "tg", "ig": "ig", "tg + ir": "tg ir", "ig + tr": "ig tr", "all four": "tg ir ig tr"}
-ALONE = {"CIDEr": "tg", "facts": "tg", "tg": "tg", "pairs": "ig", "ig": "ig"}       # what a joint row must beat
+PAIRED, KNOWN, OWN = "--split all --losses ", "--split train --losses ", "--split train --own all --losses "
+TABLE = {"tg": PAIRED + "tg", "ig": PAIRED + "ig", "tg + ir": PAIRED + "tg ir", "ig + tr": PAIRED + "ig tr",
+         "all four": PAIRED + "tg ir ig tr",                               # Tables 3 to 5: every picture has captions
+         "known pairs: tg": KNOWN + "tg", "known pairs: tg + ir": KNOWN + "tg ir",
+         "own words: tg + ir": OWN + "tg ir", "own words: all four": OWN + "tg ir ig tr"}
+VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
+            "own words, word bridge (straight through)": OWN + "tg ir --bridge word",
+            "own words, temperature 0.5": OWN + "tg ir --temperature .5",
+            "own words, kv trained": OWN + "tg ir --unfreeze kv q",
+            "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
+            "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
+            "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
+ALONE = {"tg + ir": "tg", "ig + tr": "ig", "all four": ("tg", "ig"), "known pairs: tg + ir": "known pairs: tg",
+         "own words: tg + ir": "known pairs: tg", "own words: all four": ("known pairs: tg", "ig"),
+         **{k: "own words: tg + ir" if k.startswith("own") else "ig + tr" for k in VARIANTS}}    # what each must beat
 
 
 def begin():
@@ -405,26 +412,25 @@ def begin():
     import cycle
     import world
     torch.set_num_threads(1)
-    start.captioner = cycle.Captioner.load("miniature", "cpu")
-    start.generator = cycle.Generator.load("miniature", "cpu")
-    start.plain = {k: v.clone() for m in (start.captioner.model, start.generator.unet)
-                   for k, v in [(f"{id(m)}.{n}", p.data) for n, p in m.named_parameters()]}
+    start.captioner, start.generator = cycle.Captioner.load(device="cpu"), cycle.Generator.load(device="cpu")
+    start.plain = [p.data.clone() for m in (start.captioner.model, start.generator.unet) for p in m.parameters()]
     start.reader = world.reader(HERE / "miniature/reader/model.safetensors")
 
 
 def examine(job):
-    """A trained pair (None: as shipped) on scenes of a domain: the captions by 3 beams, their log-likelihood a token
-    under the first human caption, which drawings have every pair right, the denoising loss of the human caption."""
+    """A trained pair (None: as shipped) on scenes of a domain: the captions by 3 beams, their share of true facts, the
+    caption loss of a human caption; with `drawn`, its denoising loss, and whether its drawing (8 steps of
+    DPM-Solver++) has every colour-shape pair right."""
     import torch
 
     import cycle
     import losses
     import world
-    checkpoint, domain, indices, steps = job
+    checkpoint, domain, indices, drawn = job
     captioner, generator = start.captioner, start.generator
-    for m in (captioner.model, generator.unet):
-        for n, p in m.named_parameters():
-            p.data.copy_(start.plain[f"{id(m)}.{n}"])
+    own = [p for m in (captioner.model, generator.unet) for p in m.parameters()]
+    for p, plain in zip(own, start.plain):
+        p.data.copy_(plain)
     if checkpoint:
         cycle.adopt(checkpoint, captioner, generator)
     scenes = [world.sample({"in": "test"}.get(domain, domain), i) for i in indices]
@@ -433,47 +439,50 @@ def examine(job):
     said = [row[0] for row in captioner.speak(images, 1, "beam")[0]]
     with torch.no_grad():
         tg = losses.caption_loss(captioner.read(images, human)).tolist()
-        latents, states, ig = generator.encode(images)[0], generator.states(human), []
-        for i, x in zip(indices, latents):
-            t, noise = cycle.pairs(generator, x[None], 8, 0, 0, [domain, i], (0, 1))
-            ig.append(cycle.denoising(generator, x[None], states[len(ig)][None], t, noise, 8).mean().item())
-    drawn = generator.draw(human, [[domain, i] for i in indices], 0, steps) if steps else None
-    seen = world.look(start.reader, drawn) if steps else scenes
-    return [{"domain": domain, "caption": c, "facts": truth(c, s, world), "tg": a, "ig": b,
-             "pairs": float(world.pairs(k) == world.pairs(s)), "references": world.captions(s)}
-            for c, s, a, b, k in zip(said, scenes, tg, ig, seen)]
+    rows = [{"domain": domain, "caption": c, "facts": truth(c, s, world), "tg": l, "references": world.captions(s)}
+            for c, s, l in zip(said, scenes, tg)]
+    if drawn:
+        found = [cycle.score(generator, x[None], [c], 8, item=[domain, i], gamma=None).score.item()
+                 for i, x, c in zip(indices, images, human)]
+        pictures = cycle.few_steps(generator).draw(human, [[domain, i] for i in indices], 0, 8, batch=25)
+        for row, score, seen, s in zip(rows, found, world.look(start.reader, pictures), scenes):
+            row |= {"ig": -score, "pairs": float(world.pairs(seen) == world.pairs(s))}
+    return rows
 
 
 def train(args, jobs):
     """Runs of finetune.py, one thread each, --processes at a time: {name: flags}. What is trained is kept."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from tqdm import tqdm
+
     def one(job):
         name, argv = job
         out = args.work / "joint" / name
-        if json.loads((out / "checkpoint.json").read_text())["step"] == int(argv[argv.index("--steps") + 1]) if (
-                out / "checkpoint.json").exists() else False:
+        kept = out / "checkpoint.json"
+        if kept.exists() and json.loads(kept.read_text())["step"] == int(argv[argv.index("--steps") + 1]):
             return
-        resume = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
+        resume = ["--resume"] if kept.exists() else []
         run(args, "finetune.py", *argv, "--out", out, *resume, several=False)
     with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(one, jobs.items()))
+        list(tqdm(pool.map(one, jobs.items()), total=len(jobs), desc="train"))
 
 
 def examined(args, jobs):
-    """{name: rows of `examine`} for jobs {name: (checkpoint, domains, first index, count, steps)}; kept by name."""
+    """{name: rows of `examine`} for jobs {name: (checkpoint, first index, count, how many of a domain are drawn)};
+    kept by name."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm
     folder, found, parts = args.work / "examined", {}, []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (checkpoint, domains, first, count, steps) in jobs.items():
+    for name, (checkpoint, first, count, drawn) in jobs.items():
         if (folder / f"{name}.json").exists():
             found[name] = json.loads((folder / f"{name}.json").read_text())
             continue
-        parts += [(name, (checkpoint, d, list(range(i, min(i + 25, first + count))), steps))
-                  for d in domains for i in range(first, first + count, 25)]
+        parts += [(name, (checkpoint, d, list(range(first + i, first + min(i + 25, count))), i < drawn))
+                  for d in DOMAINS for i in range(0, count, 25)]
     if parts:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), begin) as pool:
             for (name, _), rows in zip(parts, tqdm(pool.map(examine, [job for _, job in parts]), total=len(parts),
@@ -485,62 +494,101 @@ def examined(args, jobs):
 
 
 def marks(rows, metrics):
-    """{measure: (items,)} of `examine`'s rows; CIDEr x 100 with their own document frequency."""
-    out = {k: np.array([r[k] for r in rows]) for k in ("facts", "pairs", "tg", "ig")}
-    return out | {"CIDEr": 100 * metrics.cider([r["caption"] for r in rows], [r["references"] for r in rows])}
+    """{measure: (items,)} of `examine`'s rows, nan where it was not taken; CIDEr x 100 with their own document
+    frequency."""
+    out = {k: np.array([r.get(k, math.nan) for r in rows]) for k in ("facts", "tg", "ig", "pairs")}
+    return {"CIDEr": 100 * metrics.cider([r["caption"] for r in rows], [r["references"] for r in rows])} | out
+
+
+def tuned(args, steps, metrics):
+    """Learning rates and weights of ir, on val: ({"paired", "own": (lr, weight)}, the generator's lr, what was tried).
+    By the mean CIDEr of the three domains; the generator's by its denoising loss."""
+    quick, count = args.quick, 50 if args.quick else 150
+    tried = {}
+
+    def value(name, flags, lr, weight, drawn=0):
+        tried[name] = (flags, lr, weight, drawn)
+    for lr in (1e-3,) if quick else (3e-4, 1e-3, 3e-3):
+        value(f"tg, lr {lr:g}", TABLE["tg"], lr, 1)
+        if lr > 3e-4:
+            for ir in (10,) if quick else (10, 30):
+                value(f"own words, lr {lr:g}, ir {ir}", TABLE["own words: tg + ir"], lr, ir)
+    for lr in (1e-4,) if quick else (3e-5, 1e-4, 1e-3):
+        value(f"ig, lr {lr:g}", TABLE["ig"], lr, 1, 50)
+
+    def look(some):
+        train(args, {f"val {k}": argv(args, f, (lr, lr), w, 99, steps) for k, (f, lr, w, _) in some.items()})
+        found = examined(args, {f"val {k}": (str(args.work / "joint" / f"val {k}"), VAL, count, drawn)
+                                for k, (*_, drawn) in some.items()})
+        return {k: marks(found[f"val {k}"], metrics) for k in some}
+    seen = look(tried)
+    best = max((k for k in tried if k.startswith("tg")), key=lambda k: seen[k]["CIDEr"].mean())
+    paired = {f"tg + ir, lr {tried[best][1]:g}, ir {ir}": (TABLE["tg + ir"], tried[best][1], ir, 0)
+              for ir in ((10,) if quick else (1, 10, 30))}
+    tried |= paired
+    seen |= look(paired)
+    chosen = {}
+    for kind, start in (("paired", "tg + ir"), ("own", "own words")):
+        name = max((k for k in tried if k.startswith(start)), key=lambda k: seen[k]["CIDEr"].mean())
+        chosen[kind] = tried[name][1:3]
+    drawer = min((k for k in tried if k.startswith("ig")), key=lambda k: np.nanmean(seen[k]["ig"]))
+    return chosen, tried[drawer][1], {k: {m: float(np.nanmean(v)) for m, v in x.items() if not np.isnan(v).all()}
+                                      for k, x in seen.items()}
+
+
+def argv(args, flags, lrs, ir, seed, steps):
+    """The command line of a run: weight `ir` on ir, 1 on the others."""
+    losses = flags.split("--losses ")[1].split(" --")[0].split()
+    return [*flags.split(), "--weights", *[ir if k == "ir" else 1 for k in losses], "--lr", *lrs, "--seed", seed,
+            "--steps", steps, "--every", steps, "--probe", 100, "--held", 0]
 
 
 def joint(args):
-    """Which losses teach what: each subset from the same start, in the same order of data, three seeds or more."""
+    """Which losses teach what (Tables 3 to 5, appendix I): each row from the same start, in the same order of data."""
     import metrics
-    steps, seeds = (40, 2) if args.quick else (300, 3)
-    common = ["--split", "all", "--steps", steps, "--every", steps, "--probe", 0, "--held", 0]
-    weight = {"tg": 1, "ig": 1, "tr": 1}
-
-    def argv(losses, lr, ir, seed):
-        return [*common, "--losses", *losses.split(), "--weights",
-                *[ir if k == "ir" else weight[k] for k in losses.split()], "--lr", lr, "--seed", seed]
-
-    # the learning rate, then the weight of ir: on val, by the mean CIDEr of the three domains
-    rates, irs = ((1e-3,), (10,)) if args.quick else ((3e-4, 1e-3, 3e-3), (1, 10, 30))
-    count = 50 if args.quick else 150
-    tried = {f"val-lr{lr:g}": argv("tg", lr, 1, 99) for lr in rates}
-    train(args, tried)
-    found = examined(args, {k: (str(args.work / "joint" / k), DOMAINS, VAL, count, 0) for k in ["val-none", *tried]
-                            if k != "val-none"} | {"val-none": (None, DOMAINS, VAL, count, 0)})
-    value = {k: marks(v, metrics)["CIDEr"].mean() for k, v in found.items()}
-    lr = max(rates, key=lambda x: value[f"val-lr{x:g}"])
-    tried = {f"val-ir{ir}": argv("tg ir", lr, ir, 99) for ir in irs}
-    train(args, tried)
-    found = examined(args, {k: (str(args.work / "joint" / k), DOMAINS, VAL, count, 0) for k in tried})
-    value |= {k: marks(v, metrics)["CIDEr"].mean() for k, v in found.items()}
-    ir = max(irs, key=lambda x: value[f"val-ir{x}"])
-
-    # the rows of Tables 3 to 5, read once on test, near and out
-    runs = {f"{name.replace(' ', '')}-{seed}": argv(losses, lr, ir, seed) for name, losses in SUBSETS.items() if losses
-            for seed in range(seeds)}
+    steps, seeds = (40, 2) if args.quick else (200, 3)
+    chosen, drawer, tried = tuned(args, steps, metrics)
+    rows = {k: f for k, f in (TABLE if args.quick else TABLE | VARIANTS).items()}
+    runs = {f"{name} {seed}": argv(args, f, (chosen["paired" if f.startswith(PAIRED) else "own"][0], drawer),
+                                   chosen["paired" if f.startswith(PAIRED) else "own"][1], seed, steps)
+            for name, f in rows.items() for seed in range(seeds)}
     train(args, runs)
-    count, drawn = (50, 20) if args.quick else (200, 25)
-    found = examined(args, {k: (str(args.work / "joint" / k), DOMAINS, 10_000, count, drawn) for k in runs}
-                     | {"none": (None, DOMAINS, 10_000, count, drawn)})
+    count, drawn = (50, 25) if args.quick else (500, 100)
+    found = examined(args, {"none": (None, 10_000, count, drawn)} | {
+        k: (str(args.work / "joint" / k), 10_000, count, drawn * ("ig" in rows[k.rsplit(" ", 1)[0]].split()))
+        for k in runs})
     domain = np.array([r["domain"] for r in found["none"]])
-    each = {"none": marks(found["none"], metrics)}
-    for name, losses in SUBSETS.items():
-        if losses:
-            per = [marks(found[f"{name.replace(' ', '')}-{seed}"], metrics) for seed in range(seeds)]
-            each[name] = {k: np.stack([p[k] for p in per]) for k in per[0]}                  # (seeds, items)
-    out = {}
-    for name, values in each.items():
-        out[name] = {}
-        for d in ("all", *DOMAINS):
-            at = (domain == d) | (d == "all")
-            out[name][d] = {k: mean_of(np.atleast_2d(v)[:, at].mean(0), metrics) | {
-                "seeds": np.atleast_2d(v)[:, at].mean(1)} for k, v in values.items()}
-            for minus, others in (("none", dict.fromkeys(ALONE, "none")), ("alone", ALONE)):
-                out[name][d][f"minus {minus}"] = {k: mean_of(
-                    np.atleast_2d(v)[:, at].mean(0) - np.atleast_2d(each[others[k]][k])[:, at].mean(0), metrics)
-                    for k, v in values.items()}
-    keep(args, "joint", {"steps": steps, "seeds": seeds, "lr": lr, "ir": ir, "val": value, "rows": out})
+    each = {"none": {k: v[None] for k, v in marks(found["none"], metrics).items()}}
+    for name in rows:
+        per = [marks(found[f"{name} {seed}"], metrics) for seed in range(seeds)]
+        each[name] = {k: np.stack([p[k] for p in per]) for k in per[0]}                      # (seeds, items)
+    out = {name: {d: {} for d in ("all", *DOMAINS)} for name in each}
+    for name, d in itertools.product(each, ("all", *DOMAINS)):
+        for k, v in each[name].items():
+            at = ((domain == d) | (d == "all")) & ~np.isnan(v[0])
+            if not at.any():
+                continue
+            alone = ALONE.get(name, "none")
+            alone = alone if isinstance(alone, str) else alone[k in ("ig", "pairs")]
+            out[name][d][k] = mean_of(v[:, at].mean(0), metrics) | {"seeds": v[:, at].mean(1)}
+            for key, other in (("minus none", "none"), ("minus alone", alone)):
+                if not np.isnan(each[other][k][:, at]).any():
+                    out[name][d][f"{k} {key}"] = mean_of(v[:, at].mean(0) - each[other][k][:, at].mean(0), metrics)
+    norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
+             for k in ("all four", "own words: all four")}
+    keep(args, "joint", {"steps": steps, "seeds": seeds, "chosen": chosen, "generator_lr": drawer, "val": tried,
+                         "alone": ALONE, "rows": out, "shown": before_and_after(args, found),
+                         "norms": {k: {n: v for n, v in x.items() if n.startswith("norm_")} for k, x in norms.items()}})
+
+
+def before_and_after(args, found, most=6):
+    """Captions before and after training with own words (seed 0), of the first scenes of out where they differ."""
+    after = found["own words: tg + ir 0"]
+    pairs = [(a, b, i) for i, (a, b) in enumerate(zip(found["none"], after)) if a["domain"] == "out"]
+    pairs = [(a, b, i) for a, b, i in pairs if a["caption"] != b["caption"]][:most]
+    first = next(i for i, r in enumerate(found["none"]) if r["domain"] == "out")
+    return [{"scene": ["out", 10_000 + i - first], "before": a["caption"], "after": b["caption"],
+             "facts": [a["facts"], b["facts"]], "human": a["references"][0]} for a, b, i in pairs]
 
 
 def signal(args):
@@ -624,38 +672,107 @@ def findings(args):
     import world
     w, out = together(args, metrics, world, data), {}
     judges = metrics.likenesses(["clip", "sbert"], "text", "miniature").pairs
-    quality = {"CIDEr": w["quality"]["CIDEr"][:, :10], "facts": w["quality"]["facts"][:, :10]}
+    quality = {"CIDEr": w["quality"]["CIDEr"][:, :11], "facts": w["quality"]["facts"][:, :11]}      # 10: beam search's
     for name, f in judges.items():
         quality[name.upper()] = np.stack([
-            f([c for c in row[:10] for _ in r], r * 10).reshape(10, -1).mean(1)
+            f([c for c in row[:11] for _ in r], r * 11).reshape(11, -1).mean(1)
             for row, r in zip(w["said"], w["references"])])
+    out["beam"] = {k: {d: mean_of(v[(w["domain"] == d) | (d == "all"), 10], metrics) for d in ("all", *DOMAINS)}
+                   for k, v in quality.items()}
+    quality = {k: v[:, :10] for k, v in quality.items()}
     scores = {k: w["score"][k][:, :10] for k in ("clip", "dino", "pixel", "denoise 12", "clipscore", "likelihood")}
     out["I"] = table_of(quality, scores, w["domain"], metrics)
     out["I by n"] = {n: {k: metrics.choices(quality["CIDEr"][:, :n], v[:, :n]) for k, v in scores.items()}
                      for n in (2, 5, 10)}
-    limit, rows, items = (10 if args.quick else 100), [], []
+    out["II"] = from_texts(args, "text", 10 if args.quick else 100, "full")[0]
+    keep(args, "findings", out)
+
+
+def pictures(args):
+    """Finding II on more texts, drawn in 8 steps; and what the choice is worth to a set: Frechet distance, IS."""
+    import metrics
+    out, features, truths, scores = from_texts(args, "fewtext", args.items, "few")
+    sets, n = {}, len(truths)
+    every = {"a random one": np.random.default_rng(0).random((n, 10))} | scores
+    for name, score in every.items():
+        dino, pair = (features[k][np.arange(n), np.argmax(score, 1)] for k in ("DINO", "pair"))
+        sets[name] = {"FD-DINO": metrics.frechet(dino, truths), "IS": metrics.inception_score(pair)[0]}
+    keep(args, "pictures", {"II": out, "sets": sets})
+
+
+def from_texts(args, kind, limit, scorer):
+    """Text -> image -> text on the first `limit` texts of each domain: ({quality: {score: {domain: choices}}}, features
+    of the drawings {DINO (items, 10, D), pair: log p of 48 colour-shape pairs}, DINO of the true pictures, scores)."""
+    import torch
+
+    import data
+    import metrics
+    import world
+    rows, items = [], []
     for domain in DOMAINS:
-        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--turn", "text", "--limit", limit, "--data",
-            world_set(args), "--split", domain, "--dtype", args.dtype, "--out", args.work / f"text-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", scorer, "--turn", "text", "--limit", limit, "--data",
+            world_set(args), "--split", domain, "--dtype", args.dtype, "--out", args.work / f"{kind}-{domain}")
         named = {x.captions[0] if x.path is None else x.name: x for x in data.read(world_set(args), domain)}
-        rows += (found := list(read(args, "text", domain).items()))
+        rows += (found := list(read(args, kind, domain).items()))
         items += [(named[k], domain) for k, _ in found]
-    seen = metrics.likenesses(["clip", "dino"], "image", "miniature").pairs
+    seen = metrics.likenesses(["clip", "dino"], "image", "miniature")
+    dino = metrics.Encoder("dino", str(HERE / "miniature/dino"), ("image",)).images
     model, quality = world.reader(HERE / "miniature/reader/model.safetensors"), {"CLIP": [], "DINO": [], "facts": []}
+    features, truths = {"DINO": [], "pair": []}, []
     for (_, group), (item, domain) in zip(rows, items):
-        import torch
-        pictures = torch.stack([data.open_image(args.work / f"text-{domain}" / r["picture"]) for r in group])
-        for name, f in seen.items():
-            quality[name.upper()].append(f(pictures, data.open_image(item.path)[None]))
-        quality["facts"].append([truth(item.captions[0], s, world) for s in world.look(model, pictures)])
+        drawn = torch.stack([data.open_image(args.work / f"{kind}-{domain}" / r["picture"]) for r in group])
+        true = data.open_image(item.path)[None]
+        for name, f in seen.pairs.items():
+            quality[name.upper()].append(f(drawn, true))
+        quality["facts"].append([truth(item.captions[0], s, world) for s in world.look(model, drawn)])
+        features["DINO"].append(np.asarray(dino(drawn)))
+        truths.append(np.asarray(dino(true))[0])
+        features["pair"].append(pair_of(model, drawn, world))
     scores = {k: np.array([[r["scores"][k] for r in group] for _, group in rows]) for k in rows[0][1][0]["scores"]}
-    jobs = [([str(args.work / f"text-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
+    jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
             for (_, group), (x, d) in zip(rows, items)]
     for name, found in zip(("denoise 12", "denoise 12, less the empty caption"),
                            zip(*spread(args, measure_pictures, jobs))):
         scores[name] = np.array(found)
-    out["II"] = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
-    keep(args, "findings", out)
+    table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
+    return table, {k: np.stack(v) for k, v in features.items()}, np.stack(truths), scores
+
+
+def pair_of(model, pictures, world):
+    """log p of each colour-shape pair, up to a constant, as the independent reader sees the objects: (B, 48)."""
+    import torch
+    with torch.no_grad():
+        shape, colour, *_ = (x.log_softmax(1) for x in model(pictures).split(world.HEADS, 1))     # (B, classes, 8, 8)
+    there = 1 - shape[:, :1].exp()                                                                # an object is here
+    shape, colour = ((x[:, 1:] * there).sum((2, 3)) / there.sum((2, 3)) for x in (shape, colour))
+    return (colour[:, :, None] + shape[:, None]).flatten(1).numpy()
+
+
+def samplers(args):
+    """Ways of speaking and N (appendices B to D): what the choice by drawings, in 8 steps, is worth."""
+    import data
+    import metrics
+    limit, out = 10 if args.quick else 100, {"ways": {}, "N": {}}
+    for way, n in (("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
+        groups, references = [], []
+        for domain in DOMAINS:
+            run(args, "rerank.py", "-n", n, "--scorer", "few", "--way", way, "--limit", limit, "--split", domain,
+                "--data", world_set(args), "--dtype", args.dtype, "--out", args.work / f"{way}-{domain}")
+            found, named = read(args, way, domain), {x.name: x for x in data.read(world_set(args), domain)}
+            groups += found.values()
+            references += [named[k].captions for k in found]
+        df = metrics.document_frequency(references)
+        quality = np.stack([100 * metrics.cider([r["caption"] for r in g], [x] * n, df)
+                            for g, x in zip(groups, references)])
+        score = {k: np.array([[r["scores"][k] for r in g] for g in groups])
+                 for k in ("clip", "dino", "pixel", "clipscore", "likelihood")}
+        unique = [len({r["caption"] for r in g[:10]}) for g in groups]
+        out["ways"][way] = {k: metrics.choices(quality[:, :10], v[:, :10]) for k, v in score.items()} | {
+            "different": float(np.mean(unique))}
+        if n == 20:
+            out["N"] = {m: {k: metrics.choices(quality[:, :m], v[:, :m]) for k, v in score.items()}
+                        for m in (2, 5, 10, 20)}
+    keep(args, "samplers", out)
 
 
 def table_of(quality, scores, domain, metrics):

@@ -11,11 +11,13 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
+import bridge
 import cycle
 import data
 import finetune
 import losses
 import rerank
+import world
 
 QUICK = ["--batch", "4", "--probe", "0", "--held", "0", "--every", "100", "--lr", "1e-3", "--device", "cpu"]
 
@@ -145,7 +147,7 @@ def test_a_full_disk_loses_nothing_older(tmp_path, monkeypatch):
 def test_what_cannot_be_is_told(whole, tmp_path, capsys):
     out = whole[0]
     for match, argv in {"--resume goes on": ("--steps", 4),
-                        "was trained otherwise .*lr was 0.001, is 0.5": ("--resume", "--lr", 0.5),
+                        "was trained otherwise .*lr was .0.001., is .0.5.": ("--resume", "--lr", 0.5),
                         "bridge was anchored": ("--resume", "--bridge", "plain")}.items():
         with pytest.raises(ValueError, match=match):
             run(out, *argv)
@@ -160,6 +162,73 @@ def test_what_cannot_be_is_told(whole, tmp_path, capsys):
         with pytest.raises(SystemExit):
             finetune.flags(argv)
         assert len(capsys.readouterr().err.splitlines()[-1]) > 40
+
+
+# ---------------------------------------------------------------- pictures nobody described
+def test_own_words(tmp_path, captioner, generator):
+    """ir of the first step by hand: what the captioner says of the pictures, across the bridge, into the UNet."""
+    tensors = run(tmp_path / "own", "--own", "all", "--losses", "tg", "ir", "--steps", 1)
+    assert {k.split(".")[0] for k in tensors if not k.startswith("adam")} == {"captioner"}
+    run(tmp_path / "tg", "--losses", "tg", "--steps", 1)
+    ours, alone = log(tmp_path / "own")[0], log(tmp_path / "tg")[0]
+    assert ours["tg"] == pytest.approx(alone["tg"], rel=1e-6)                 # the described samples are the same ones
+    rows = torch.randperm(20_000, generator=cycle.chance("own", 0, 0))[:4].tolist()
+    way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, generator.text_encoder.get_input_embeddings().weight,
+                        len(captioner.head.weight), begin=captioner.prompt[0])
+    want = []
+    for i in rows:
+        image = torch.from_numpy(world.draw(world.sample("all", i)).copy()).permute(2, 0, 1)[None] / 255
+        said = captioner.speak(image, 1, items=[[0, i]])[0][0]
+        g = cycle.chance("own", 0, 0, i)
+        t, _ = torch.randint(1000, (), generator=g), torch.rand((), generator=g)
+        noise = torch.randn(2, 8, 8, 8, generator=g)
+        with torch.no_grad():
+            r = captioner.read(image, said)
+            layout = way.layout(said, len(captioner.prompt) - 1)
+            soft = way(r.hidden, r.weight, r.bias, layout)[0]
+            states = bridge.soft_states(generator.text_encoder, soft, layout.target)
+            mean, std = generator.encode(image)
+            x, a = mean + std * noise[:1], generator.scheduler.alphas_cumprod[t]
+            out = generator.predict(a.sqrt() * x + (1 - a).sqrt() * noise[1:], t[None], states)
+            want.append((out - (a.sqrt() * noise[1:] - (1 - a).sqrt() * x)).square().mean().item())
+    assert ours["ir"] == pytest.approx(sum(want) / 4, rel=1e-4)
+
+
+def test_own_words_teach_the_captioner_alone(tmp_path):
+    """What the generator is taught does not hang on them, and they may come from a folder without captions."""
+    for name, argv in {"own": ["--losses", "ir", "ig", "--own", ROOT / "miniature/data/near"],
+                       "ig": ["--losses", "ig"]}.items():
+        run(tmp_path / name, *argv, "--steps", 2, "--clip", 0)
+    own, ig = (load_file(tmp_path / k / "checkpoint.safetensors") for k in ("own", "ig"))
+    assert same({k: own[k] for k in ig}, ig, 1e-7) and len(own) > len(ig)
+    with pytest.raises(SystemExit):
+        finetune.flags(["--own", "all", "--losses", "tg"])
+
+
+def test_temperature_is_of_the_bridge_alone(whole, tmp_path, captioner, generator):
+    args = finetune.flags(["--bridge", "plain", "--temperature", "3"])
+    way, cross = finetune.crossing(args, captioner, generator)
+    said = ["a red ring", "a big blue box on the grass"]
+    r, layout = captioner.read(torch.rand(2, 3, 32, 32), said), way.layout(said, len(captioner.prompt) - 1)
+    z = r.hidden @ r.weight.T + r.bias
+    soft = (z.double() / 3).softmax(-1) @ way.table.double()
+    align = layout.align.double()
+    want = align @ soft + (1 - align.sum(2, keepdim=True)) * way.embeddings[layout.target]
+    states, ce = cross(r, layout)
+    assert (bridge.soft_states(generator.text_encoder, want.float(), layout.target) - states).abs().max() < 1e-4
+    assert (losses.per_caption(ce, r.targets) - losses.caption_loss(r)).abs().max() < 1e-5
+    run(tmp_path, "--steps", 1, "--temperature", 3)
+    ours, plain = log(tmp_path)[0], log(whole[0])[0]
+    assert ours["tg"] == pytest.approx(plain["tg"], rel=1e-5) and abs(ours["ir"] - plain["ir"]) > 1e-5
+
+
+def test_a_learning_rate_for_each_side(tmp_path):
+    one = run(tmp_path / "one", "--steps", 1)
+    two = run(tmp_path / "two", "--steps", 1, "--lr", 1e-3, 0)
+    assert same({k: v for k, v in one.items() if k.startswith("captioner.")},
+                {k: v for k, v in two.items() if k.startswith("captioner.")})
+    own = dict(cycle.Generator.load("miniature", "cpu").unet.named_parameters())
+    assert all(torch.equal(v, own[k.removeprefix("generator.")]) for k, v in two.items() if k.startswith("generator."))
 
 
 # ---------------------------------------------------------------- settings
