@@ -28,6 +28,7 @@ LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
 TRAINING = ("captioner", "generator", "data", "split", "own", "losses", "weights", "unfreeze", "bridge", "temperature",
             "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
+SPLITS = ("train", "all", "restval", "val", "test", "in", "near", "out", "nocaps")
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
@@ -76,14 +77,18 @@ def flags(argv=None):
     args.steps = args.steps or (1000 if args.data == "miniature" else None)
     args.side = args.side or (384 if args.captioner == "blip2" else None)
     args.chunk = args.chunk or (8 if args.captioner == "miniature" else 1)
-    args.losses = [name for name in LOSSES if name in args.losses]
     args.weights = args.weights or [1.0] * len(args.losses)
     if len(args.lr) > 2:
         p.error("--lr takes one number, or the captioner's and the generator's")
     if len(args.weights) != len(args.losses):
         p.error(f"--weights: {len(args.weights)} numbers for {len(args.losses)} losses ({' '.join(args.losses)})")
+    weights = dict(zip(args.losses, args.weights))
+    args.losses = [name for name in LOSSES if name in weights]
+    args.weights = [weights[name] for name in args.losses]
     if args.own and "ir" not in args.losses:
         p.error("--own gives pictures to ir, which is not among --losses")
+    if args.own and not os.path.isdir(args.own) and args.own not in SPLITS:
+        p.error(f"--own {args.own}: no such folder, and no split of --data ({', '.join(SPLITS)})")
     if args.data is None:
         p.error(f"--captioner {args.captioner} needs --data: the folder with dataset_coco.json and its pictures")
     if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1 or not args.temperature > 0:
@@ -101,7 +106,7 @@ class Samples:
         self.items = None if self.drawn else [x for x in data.read(place, split) if x.captions or silent]
         if self.items == []:
             raise ValueError(f"{place} has no captions in its {split} split: there is nothing to learn from")
-        self.count = 20_000 if self.drawn else len(self.items)
+        self.count, self.beside = 20_000 if self.drawn else len(self.items), ""
         self.name = f"{place}/{split}: {self.count} pictures"
         if not self.drawn:
             names = json.dumps([[x.name, x.captions] for x in self.items]).encode()
@@ -264,8 +269,8 @@ def save(args, samples, step, trained, adam):
     import transformers
     from safetensors.torch import save_file
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    about = {"step": step, "settings": {k: str(v) if isinstance(v, Path) else v
-                                            for k, v in vars(args).items() if k not in PLACES}, "data": samples.name,
+    about = {"step": step, "data": samples.name + samples.beside,
+             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in PLACES},
              "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
              "commit": git.stdout.strip() or None}
     tensors = dict(trained)
@@ -290,8 +295,9 @@ def restore(args, samples, trained, adam):
     from safetensors.torch import load_file
     about = header(args.out)
     was = about["settings"] | {"data": about["data"]}
-    now = {k: getattr(args, k) for k in TRAINING} | {"data": samples.name}
-    other = [f"{k} was {was[k]}, is {v}" for k, v in now.items() if was[k] != v and k not in ("steps", "epochs")]
+    now = {k: getattr(args, k) for k in TRAINING} | {"data": samples.name + samples.beside}
+    other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items()
+             if was.get(k) != v and k not in ("steps", "epochs")]
     if other:
         raise ValueError(f"--resume: {args.out} was trained otherwise ({'; '.join(other)}): choose another --out")
     saved = load_file(args.out / "checkpoint.safetensors")
@@ -338,10 +344,11 @@ def main(args):
     samples = Samples(args.data, args.split, data, drawn)
     own = None
     if args.own:
-        own = Samples(*((args.own, "test") if os.path.isdir(args.own) else (args.data, args.own)), data, drawn, True)
-        samples.name += f"; own words of {own.name}"
-    if min(x.count for x in (samples, own) if x) < args.batch:
-        raise ValueError(f"{samples.name}: less than one --batch of {args.batch}")
+        own = Samples(*((args.own, "train") if os.path.isdir(args.own) else (args.data, args.own)), data, drawn, True)
+        samples.beside = f"; own words of {own.name}"
+    for x in (samples, own):
+        if x and x.count < args.batch:
+            raise ValueError(f"{x.name}: less than one --batch of {args.batch}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
     generator = cycle.Generator.load(args.generator, device, dtype)
     if args.side:
@@ -368,7 +375,7 @@ def main(args):
         whole = sum(p.numel() for m in (captioner.model, *generator.pipe.components.values())
                     if isinstance(m, torch.nn.Module) for p in m.parameters())
         print(f"finetune.py: training {sum(p.numel() for p in trained.values()):,} of {whole:,} weights; "
-              f"{samples.name}; steps {start} to {total} of {args.batch} samples")
+              f"{samples.name}{samples.beside}; steps {start} to {total} of {args.batch} samples")
 
     def part(step, weights, samples, latents, own=False):
         """Adds this process's part of a step's gradients of some losses; (losses, 2): sum and count of each."""

@@ -76,6 +76,19 @@ def text_scorers(found):
     return lines
 
 
+def text_scores(found):
+    rows = [[d, found["captions"][d]["n"], *(plain(found["captions"][d][k]) for k in ("CIDEr", "B@4")),
+             with_interval(found["captions"][d]["SBERT"], 3, False),
+             *(with_interval(found["images"][d][k], 3, False) for k in ("CLIP", "DINO"))]
+            for d in DOMAINS if d in found["captions"]]
+    return [markdown(["captions by 3 beams", "n", "CIDEr", "BLEU-4", "SBERT", "pictures: CLIP", "DINO"], rows)]
+
+
+def plain(x):
+    """A score out of a hundred with its interval."""
+    return with_interval(x, 1, False)
+
+
 def text_val(found):
     rows = [[f"{r['span'][0]:g} to {r['span'][1]:g}", r["weight"], f"{r['draws']:.1f}", with_interval(r),
              with_interval(r["minus even"])] for r in sorted(found["rows"], key=lambda r: -r["gain"])]
@@ -100,51 +113,69 @@ def text_signal(found):
 
 
 def text_joint(found):
-    rows, alone, chosen = found["rows"], found["alone"], found["chosen"]
+    chosen = found["chosen"]
     lines = [f"{found['steps']} steps of 8, {found['seeds']} seeds, query projections. Learning rate and weight of ir, "
-             f"chosen on val: {chosen['paired'][0]:g} and {chosen['paired'][1]:g} with human captions, "
-             f"{chosen['own'][0]:g} and {chosen['own'][1]:g} with own words; learning rate of the generator "
-             f"{found['generator_lr']:g}. Means over seeds, 95 % intervals over scenes nothing was trained on.", "",
-             "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only pairs "
-             "that the captioner has always known. `own words`: the same, and beside it pictures of all pairs that "
-             "nobody described (`--own all`), for ir alone. `alone` is what a row has to beat: the same training "
-             "without the other model (" + "; ".join(f"{k}: {v if isinstance(v, str) else ' / '.join(v)}" for k, v in alone.items()
-                                        if k in rows) + ").", "", "**What it does to the captioner**", ""]
-    table = [[name, with_interval(r["all"]["CIDEr"], 1, False), with_interval(r["all"]["facts"], 3, False),
-              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
-                (("CIDEr", 1), ("facts", 3))),
-              *(with_interval(r["all"][f"{k} minus alone"], n) if name in alone else "" for k, n in
-                (("CIDEr", 1), ("facts", 3))), PAPER["captions"].get(name, "")]
-             for name, r in rows.items() if name == "none" or not drawer(name)]
-    head = ["trained", "CIDEr, 3 beams", "true facts", "CIDEr - none", "facts - none", "CIDEr - alone", "facts - alone",
-            "the paper's CIDEr"]
-    lines += [markdown(head, table), "", f"{rows['none']['all']['CIDEr']['n']:,} scenes. By domain, minus none:", ""]
-    lines += [markdown(["trained", *(f"{k}, {d}" for k in ("CIDEr", "facts") for d in DOMAINS)], [
-        [name, *(with_interval(r[d][f"{k} minus none"], n) for k, n in (("CIDEr", 1), ("facts", 3)) for d in DOMAINS)]
-        for name, r in rows.items() if name != "none" and not drawer(name)]), ""]
-    lines += ["**What it does to the generator**", ""]
-    table = [[name, with_interval(r["all"]["pairs"], 3, False), with_interval(r["all"]["ig"], 4, False),
-              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
-                (("pairs", 3), ("ig", 4))),
-              with_interval(r["all"]["pairs minus alone"], 3) if name in alone else "",
-              PAPER["drawings"].get(name, "")] for name, r in rows.items() if "pairs" in r["all"]]
-    lines += [markdown(["trained", "drawings right", "denoising loss", "drawings - none", "loss - none",
-                        "drawings - alone", "the paper's CLIP distance"], table), "",
-              f"{rows['none']['all']['pairs']['n']} scenes, drawn in 8 steps of DPM-Solver++; right: every colour-shape "
-              "pair, by the independent reader.", ""]
+             f"chosen on val: {chosen['paired'][0]:g} and {chosen['paired'][1]:g} where every picture has a human "
+             f"caption, {chosen['own'][0]:g} and {chosen['own'][1]:g} with own words, {chosen['known'][0]:g} of "
+             f"known pairs without ir; of the generator {found['generator_lr']:g}. Means over seeds, 95 % intervals "
+             "over scenes nothing was trained on; they leave out the spread between seeds, which is printed.", "",
+             "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only "
+             "pictures and captions of pairs that the captioner has always known. `own words`: the same, and beside it pictures "
+             "of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to beat, is the "
+             f"same described pictures without the other model ({against(found)}). The val scenes, by which settings "
+             "were chosen, are of all three domains.", "", *captioner_tables(found), *generator_table(found)]
     tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
              for k, v in found["val"].items()]
-    lines += ["**Tried on val** (seed 99; own words and tg + ir were chosen by CIDEr, ig by the denoising loss)", "",
+    lines += ["**Tried on val** (seed 99; by CIDEr, the generator's learning rate by the denoising loss)", "",
               markdown(["run", "CIDEr", "true facts", "denoising loss"], tried), ""]
     norms = [[name, k.removeprefix("norm_"), *(f"{v[side]:.3f}" for side in ("captioner", "generator"))]
              for name, row in found["norms"].items() for k, v in row.items()]
     return [*lines, "**Gradient norms** at the first step, weights included", "",
-            markdown(["run", "loss", "captioner", "generator"], norms)]
+            markdown(["run", "loss", "captioner", "generator"], norms), "",
+            "**Before and after** (the figure): the first scenes of out whose beam caption changed in `own words: all "
+            "four`, seed 0; each drawing is of the first human caption, from the same noise, in 50 steps."]
 
 
-def drawer(name):
-    """Rows that train the generator alone."""
-    return name.startswith("ig")
+def text_variants(found):
+    return [f"As above, {found['seeds']} seeds; each row beside the one it varies (" + against(found) + ").", "",
+            *captioner_tables(found), *generator_table(found)]
+
+
+def against(found):
+    return "; ".join(f"{k}: {' / '.join([v] if isinstance(v, str) else v)}" for k, v in found["alone"].items())
+
+
+def captioner_tables(found):
+    rows, alone = found["rows"], found["alone"]
+    here = {k: r for k, r in rows.items() if k not in ("ig", "known pairs: ig")}      # these train the generator alone
+    table = [[name, plain(r["all"]["CIDEr"]), " / ".join(f"{x:.1f}" for x in r["all"]["CIDEr"]["seeds"]),
+              with_interval(r["all"]["facts"], 3, False),
+              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
+                (("CIDEr", 1), ("facts", 3))),
+              *(with_interval(r["all"][f"{k} minus alone"], n) if name in alone else "" for k, n in
+                (("CIDEr", 1), ("facts", 3))), PAPER["captions"].get(name, "")] for name, r in here.items()]
+    head = ["trained", "CIDEr, 3 beams", "by seed", "true facts", "CIDEr - none", "facts - none", "CIDEr - alone",
+            "facts - alone", "the paper's CIDEr"]
+    domains = [[name, *(with_interval(r[d][f"{k} minus none"], n) for k, n in (("CIDEr", 1), ("facts", 3))
+                        for d in DOMAINS)] for name, r in here.items() if name != "none"]
+    return ["**What it does to the captioner**", "", markdown(head, table), "",
+            f"{rows['none']['all']['CIDEr']['n']:,} scenes. By domain, minus none:", "",
+            markdown(["trained", *(f"{k}, {d}" for k in ("CIDEr", "facts") for d in DOMAINS)], domains), ""]
+
+
+def generator_table(found):
+    rows = found["rows"]
+    beside = {k for k, r in rows.items() if k in found["alone"] and "pairs minus alone" in r["all"]}
+    table = [[name, with_interval(r["all"]["pairs"], 3, False), with_interval(r["all"]["ig"], 4, False),
+              *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
+                (("pairs", 3), ("ig", 4))),
+              with_interval(r["all"]["pairs minus alone"], 3) if name in beside else "",
+              PAPER["drawings"].get(name, "")] for name, r in rows.items() if "pairs" in r["all"]]
+    return ["**What it does to the generator**", "",
+            markdown(["trained", "drawings right", "denoising loss", "drawings - none", "loss - none",
+                      "drawings - alone", "the paper's CLIP distance"], table), "",
+            f"{rows['none']['all']['pairs']['n']} scenes, drawn in 8 steps of DPM-Solver++; right: every "
+            "colour-shape pair, by the independent reader.", ""]
 
 
 def text_findings(found):
@@ -153,7 +184,7 @@ def text_findings(found):
         for quality, scores in found[which].items():
             lines += [f"**{title}, {quality}** ({count(scores):,} items)", "",
                       choice_table(scores, quality, PAPER["findings"] if quality == "CIDEr" else {}), ""]
-            if quality in found.get("beam", {}):
+            if which == "I" and quality in found.get("beam", {}):
                 beam, digits = found["beam"][quality], 1 if quality == "CIDEr" else 3
                 lines += ["Beam search (3), without a choice: " + ", ".join(
                     f"{with_interval(v, digits, False)} {d}" for d, v in beam.items()) + ".", ""]
@@ -182,8 +213,8 @@ def text_pictures(found):
     lines = [f"Ten drawings of each of {n:,} texts in 8 steps of DPM-Solver++.", ""]
     for quality, scores in found["II"].items():
         lines += [f"**Finding II, {quality}** ({n:,} items)", "", choice_table(scores, quality), ""]
-    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and the "
-            "Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
+    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and "
+            "the Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
             markdown(["ranked by", "FD-DINO", "IS", "the paper's (Inception)"], rows)]
 
 
@@ -193,7 +224,8 @@ def text_samplers(found):
                 *(with_interval(r[k]) for k in ("clip", "dino", "pixel", "clipscore", "likelihood"))]
     head = ["mean", "oracle", "CLIP", "DINO", "pixels", "*no cycle:* CLIP(picture, caption)", "*no cycle:* likelihood"]
     ways = [row(f"{k} ({r['different']:.1f} different of ten)", r) for k, r in found["ways"].items()]
-    return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {found['ways']['top-p']['clip']['items']} pictures.", "",
+    items = found["ways"]["top-p"]["clip"]["items"]
+    return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {items} pictures.", "",
             markdown(["ten captions by", *head], ways), "",
             markdown(["N (top-p)", *head], [row(k, r) for k, r in found["N"].items()])]
 
@@ -207,10 +239,11 @@ def text_cost(found):
             "In brackets: as a multiple of tg and ig, which is what training the two models apart costs."]
 
 
-SECTIONS = {"findings": "Do they understand each other?", "pictures": "Which picture, where drawings fail?",
-            "samplers": "Does it hang on how captions are sampled?", "scorers": "Which caption, at what price?",
-            "val": "Which timesteps?", "words": "Which word is wrong?", "signal": "What is there to learn from?",
-            "joint": "Can they teach each other?", "cost": "What does a joint step cost?"}
+SECTIONS = {"scores": "What the miniature says and draws", "findings": "Do they understand each other?",
+            "pictures": "Which picture, in few steps?", "samplers": "Does it hang on how captions are sampled?",
+            "scorers": "Which caption, at what price?", "val": "Which timesteps?", "words": "Which word is wrong?",
+            "signal": "What is there to learn from?", "joint": "Can they teach each other?",
+            "variants": "What does the teaching hang on?", "cost": "What does a joint step cost?"}
 
 
 def write(folder):
@@ -222,11 +255,14 @@ def write(folder):
     for name, title in SECTIONS.items():
         if (folder / f"{name}.json").exists():
             found = json.loads((folder / f"{name}.json").read_text())
-            about, figure = found["about"], [f"![{title}]({folder.name}/{name}.png)", ""] if name in FIGURES else []
+            about, figure = found["about"], [x for file, (section, f) in FIGURES.items() if section == name for x in (
+                f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
             if name == "findings" and (folder / "scorers.json").exists():
                 found = {"beam": {"CIDEr": json.loads((folder / "scorers.json").read_text())["beam"]}} | found
             parts[name] = globals()[f"text_{name}"](found)
-            out += ["", f"## {title}", "", f"`python results.py {name}`; {about['machine']}, torch {about['torch']}, "
+            command = f"python results.py {name}{' --quick' * about['quick']}"
+            command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
+            out += ["", f"## {title}", "", f"`{command}`; {about['machine']}, torch {about['torch']}, "
                     f"{about['dtype']}.", "", *figure, *parts[name]]
     return "\n".join(out) + "\n", parts
 
@@ -279,7 +315,7 @@ def figure_findings(found, plt):
 
 
 def figure_joint(found, plt):
-    names = [k for k in found["rows"] if k != "none" and not drawer(k)]
+    names = [k for k in found["rows"] if k not in ("none", "ig", "known pairs: ig")]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
     for axis, key in zip(axes, ("CIDEr", "facts")):
         for i, d in enumerate(DOMAINS):
@@ -295,16 +331,41 @@ def figure_joint(found, plt):
     return figure
 
 
-FIGURES = {"scorers": figure_scorers, "findings": figure_findings, "joint": figure_joint}
+def figure_taught(found, plt):
+    """Before and after joint training: the first out scenes whose caption it changed."""
+    import base64
+    import io
+
+    import world
+    shown = found["shown"]
+    figure, axes = plt.subplots(max(1, len(shown)), 4, figsize=(11, 1.9 * max(1, len(shown))), squeeze=False,
+                                width_ratios=(1, 2.6, 1, 1))
+    for row, x in zip(axes, shown):
+        drawings = [plt.imread(io.BytesIO(base64.b64decode(d))) for d in x["drawings"]]
+        for axis, picture in zip((row[0], *row[2:]), (world.draw(world.sample(*x["scene"])), *drawings)):
+            axis.imshow(picture)
+        said = [f"{when}: {c}" for when, c in zip(("before", "after"), x["captions"])]
+        lines = [*(f"{line}\n   {f:.0%} true" for line, f in zip(said, x["facts"])), f"human: {x['human']}"]
+        row[1].text(0, .5, "\n".join(lines), va="center", fontsize=8, wrap=True)
+        for axis in row:
+            axis.axis("off")
+    for axis, title in zip(axes[0], ("the picture", "its caption", "human caption drawn: before", "after")):
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+# {file: (section, drawing)}
+FIGURES = {"scorers": ("scorers", figure_scorers), "findings": ("findings", figure_findings),
+           "joint": ("joint", figure_joint), "taught": ("joint", figure_taught)}
 
 
 def draw(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for name, f in FIGURES.items():
-        if (folder / f"{name}.json").exists():
-            figure = f(json.loads((folder / f"{name}.json").read_text()), plt)
+    for name, (section, f) in FIGURES.items():
+        if (folder / f"{section}.json").exists():
+            figure = f(json.loads((folder / f"{section}.json").read_text()), plt)
             figure.tight_layout()
             figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
             plt.close(figure)

@@ -10,10 +10,12 @@ do not keep, the denoising loss of every candidate at every draw. Settings are c
 are read once.
 """
 import argparse
+import collections
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,8 @@ SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
-PARTS = ("val", "scorers", "words", "signal", "joint", "findings", "samplers", "pictures", "cost")
+FROZEN = ("val", "scorers", "words", "findings", "samplers", "pictures")          # those that --dtype is for
+PARTS = ("scores", "val", "scorers", "words", "signal", "joint", "variants", "findings", "samplers", "pictures", "cost")
 
 
 def flags(argv=None):
@@ -43,6 +46,7 @@ def flags(argv=None):
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         p.error(f"{', '.join(sorted(unknown))}: parts are {', '.join(PARTS)}")
+    args.out, args.work = args.out.resolve(), args.work.resolve()
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
     args.items = 40 if args.quick else 500
@@ -71,8 +75,8 @@ def keep(args, name, found):
     import torch
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x),
                platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    about = {"machine": f"{os.cpu_count()} cores, {cpu}", "torch": torch.__version__, "dtype": args.dtype,
-             "quick": args.quick}
+    about = {"machine": f"{os.cpu_count()} cores, {cpu}", "torch": torch.__version__, "quick": args.quick,
+             "dtype": args.dtype if name in FROZEN else "float32"}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
     path.with_suffix(".new").write_text(json.dumps({"about": about} | rounded(found), indent=1) + "\n")
@@ -268,7 +272,7 @@ def gather(args, domain, metrics, world, data):
     jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 64, (0, 1)) for k, c in zip(names, said)]
     loss, halved = denoised(args, f"denoise-{domain}", jobs), denoised(
         args, f"halved-{domain}", [(p, k, list(dict.fromkeys(c[:10])), 60, None) for (p, k, *_), c in zip(jobs, said)])
-    upper = denoised(args, f"upper-{domain}", [(p, k, c, 64, (.3, 1)) for p, k, c, *_ in jobs])
+    upper = denoised(args, f"upper-{domain}", [(p, k, c, 12, (.3, 1)) for p, k, c, *_ in jobs])
     score, unique = {}, np.array([len(set(c[:10])) for c in said])
     for name in ("clip", "dino", "pixel", "clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
@@ -282,7 +286,8 @@ def gather(args, domain, metrics, world, data):
         rows = []
         for k, row in zip(names, said):
             captions, t, values = found[k]
-            at, w = some(64, draws), WEIGHTS[weight](snr[t[some(64, draws)]])
+            at = some(len(t), draws)
+            w = WEIGHTS[weight](snr[t[at]])
             value = dict(zip(captions, -(w[:, None] * values[at]).sum(0) / w.sum()))
             rows.append([value[c] for c in row])
         return np.array(rows)
@@ -364,11 +369,10 @@ def scorers(args):
         first = score[:, :10]
         here = ~np.isnan(first).any(1)
         row = {"evaluations": float(w["cost"][name].mean()) if name in w["cost"] else None, "items": int(here.sum())}
-        both = here & ~np.isnan(w["score"]["again"]).any(1) if name == "again" else here
         a, b = first.argmax(1), w["score"]["clip"][:, :10].argmax(1)
-        row["same"] = mean_of([said[i][a[i]] == said[i][b[i]] for i in np.flatnonzero(both)], metrics)
+        row["same"] = mean_of([said[i][a[i]] == said[i][b[i]] for i in np.flatnonzero(here)], metrics)
         row["tau"] = float(np.nanmean([kendalltau(first[i], w["score"]["clip"][i, :10]).statistic
-                                       for i in np.flatnonzero(both) if len(set(first[i])) > 1]))
+                                       for i in np.flatnonzero(here) if len(set(first[i])) > 1]))
         for domain in ("all", *DOMAINS):
             at = np.flatnonzero(here & ((w["domain"] == domain) | (domain == "all")))
             c = metrics.choices(quality[at, :10], first[at])
@@ -391,7 +395,8 @@ def scorers(args):
 PAIRED, KNOWN, OWN = "--split all --losses ", "--split train --losses ", "--split train --own all --losses "
 TABLE = {"tg": PAIRED + "tg", "ig": PAIRED + "ig", "tg + ir": PAIRED + "tg ir", "ig + tr": PAIRED + "ig tr",
          "all four": PAIRED + "tg ir ig tr",                               # Tables 3 to 5: every picture has captions
-         "known pairs: tg": KNOWN + "tg", "known pairs: tg + ir": KNOWN + "tg ir",
+         "known pairs: tg": KNOWN + "tg", "known pairs: ig": KNOWN + "ig",
+         "known pairs: tg + ir": KNOWN + "tg ir",
          "own words: tg + ir": OWN + "tg ir", "own words: all four": OWN + "tg ir ig tr"}
 VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, word bridge (straight through)": OWN + "tg ir --bridge word",
@@ -401,7 +406,7 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
             "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
 ALONE = {"tg + ir": "tg", "ig + tr": "ig", "all four": ("tg", "ig"), "known pairs: tg + ir": "known pairs: tg",
-         "own words: tg + ir": "known pairs: tg", "own words: all four": ("known pairs: tg", "ig"),
+         "own words: tg + ir": "known pairs: tg", "own words: all four": ("known pairs: tg", "known pairs: ig"),
          **{k: "own words: tg + ir" if k.startswith("own") else "ig + tr" for k in VARIANTS}}    # what each must beat
 
 
@@ -459,11 +464,15 @@ def train(args, jobs):
     def one(job):
         name, argv = job
         out = args.work / "joint" / name
-        kept = out / "checkpoint.json"
-        if kept.exists() and json.loads(kept.read_text())["step"] == int(argv[argv.index("--steps") + 1]):
+        command, argv = out / "command.json", [str(x) for x in argv]
+        if command.exists() and json.loads(command.read_text()) != argv:                   # of other settings
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        command.write_text(json.dumps(argv))
+        begun, log = (out / "checkpoint.safetensors").exists(), out / "log.jsonl"
+        if begun and log.exists() and len(log.read_text().splitlines()) == int(argv[argv.index("--steps") + 1]):
             return
-        resume = ["--resume"] if kept.exists() else []
-        run(args, "finetune.py", *argv, "--out", out, *resume, several=False)
+        run(args, "finetune.py", *argv, "--out", out, *["--resume"] * begun, several=False)
     with ThreadPoolExecutor(args.processes) as pool:
         list(tqdm(pool.map(one, jobs.items()), total=len(jobs), desc="train"))
 
@@ -478,19 +487,32 @@ def examined(args, jobs):
     folder, found, parts = args.work / "examined", {}, []
     folder.mkdir(parents=True, exist_ok=True)
     for name, (checkpoint, first, count, drawn) in jobs.items():
-        if (folder / f"{name}.json").exists():
-            found[name] = json.loads((folder / f"{name}.json").read_text())
+        path = folder / f"{name}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {"job": None}
+        if kept["job"] == [first, count, drawn, stamp(checkpoint)]:
+            found[name] = kept["rows"]
             continue
         parts += [(name, (checkpoint, d, list(range(first + i, first + min(i + 25, count))), i < drawn))
                   for d in DOMAINS for i in range(0, count, 25)]
+    left = collections.Counter(name for name, _ in parts)
     if parts:
         with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), begin) as pool:
             for (name, _), rows in zip(parts, tqdm(pool.map(examine, [job for _, job in parts]), total=len(parts),
                                                    desc="examine")):
                 found.setdefault(name, []).extend(rows)
-        for name in dict.fromkeys(name for name, _ in parts):
-            (folder / f"{name}.json").write_text(json.dumps(found[name]))
+                left[name] -= 1
+                if not left[name]:
+                    checkpoint, *job = jobs[name]
+                    path = folder / f"{name}.json"
+                    path.with_suffix(".new").write_text(json.dumps({"job": [*job, stamp(checkpoint)],
+                                                                    "rows": found[name]}))
+                    os.replace(path.with_suffix(".new"), path)
     return found
+
+
+def stamp(checkpoint):
+    """What a run was trained with: its command line."""
+    return json.loads((Path(checkpoint) / "command.json").read_text()) if checkpoint else None
 
 
 def marks(rows, metrics):
@@ -501,39 +523,33 @@ def marks(rows, metrics):
 
 
 def tuned(args, steps, metrics):
-    """Learning rates and weights of ir, on val: ({"paired", "own": (lr, weight)}, the generator's lr, what was tried).
-    By the mean CIDEr of the three domains; the generator's by its denoising loss."""
+    """Learning rates and weights of ir, on val: ({"paired", "known", "own": (lr, weight)}, the generator's lr, what was
+    tried). By the mean CIDEr of the three domains; the generator's by its denoising loss."""
     quick, count = args.quick, 50 if args.quick else 150
-    tried = {}
 
-    def value(name, flags, lr, weight, drawn=0):
-        tried[name] = (flags, lr, weight, drawn)
-    for lr in (1e-3,) if quick else (3e-4, 1e-3, 3e-3):
-        value(f"tg, lr {lr:g}", TABLE["tg"], lr, 1)
-        if lr > 3e-4:
-            for ir in (10,) if quick else (10, 30):
-                value(f"own words, lr {lr:g}, ir {ir}", TABLE["own words: tg + ir"], lr, ir)
-    for lr in (1e-4,) if quick else (3e-5, 1e-4, 1e-3):
-        value(f"ig, lr {lr:g}", TABLE["ig"], lr, 1, 50)
+    def look(some, drawer=None):
+        train(args, {f"val {k}": argv(args, f, (lr, drawer or lr), w, 99, steps) for k, (f, lr, w) in some.items()})
+        found = examined(args, {f"val {k}": (str(args.work / "joint" / f"val {k}"), VAL, count, 50 * k.startswith("ig"))
+                                for k in some})
+        for k in some:
+            seen[k] = marks(found[f"val {k}"], metrics)
+        tried.update(some)
 
-    def look(some):
-        train(args, {f"val {k}": argv(args, f, (lr, lr), w, 99, steps) for k, (f, lr, w, _) in some.items()})
-        found = examined(args, {f"val {k}": (str(args.work / "joint" / f"val {k}"), VAL, count, drawn)
-                                for k, (*_, drawn) in some.items()})
-        return {k: marks(found[f"val {k}"], metrics) for k in some}
-    seen = look(tried)
-    best = max((k for k in tried if k.startswith("tg")), key=lambda k: seen[k]["CIDEr"].mean())
-    paired = {f"tg + ir, lr {tried[best][1]:g}, ir {ir}": (TABLE["tg + ir"], tried[best][1], ir, 0)
-              for ir in ((10,) if quick else (1, 10, 30))}
-    tried |= paired
-    seen |= look(paired)
-    chosen = {}
-    for kind, start in (("paired", "tg + ir"), ("own", "own words")):
-        name = max((k for k in tried if k.startswith(start)), key=lambda k: seen[k]["CIDEr"].mean())
-        chosen[kind] = tried[name][1:3]
-    drawer = min((k for k in tried if k.startswith("ig")), key=lambda k: np.nanmean(seen[k]["ig"]))
-    return chosen, tried[drawer][1], {k: {m: float(np.nanmean(v)) for m, v in x.items() if not np.isnan(v).all()}
-                                      for k, x in seen.items()}
+    def best(start, key=lambda k: seen[k]["CIDEr"].mean()):
+        return tried[max((k for k in tried if k.startswith(start)), key=key)][1:]
+    tried, seen = {}, {}
+    rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3)
+    look({f"ig, lr {lr:g}": (TABLE["ig"], lr, 1) for lr in ((1e-4,) if quick else (3e-5, 1e-4, 1e-3))})
+    drawer = best("ig", lambda k: -np.nanmean(seen[k]["ig"]))[0]
+    look({f"{k}, lr {lr:g}": (TABLE[k], lr, 1) for k in ("tg", "known pairs: tg") for lr in rates}
+         | {f"own words, lr {lr:g}, ir {ir}": (TABLE["own words: tg + ir"], lr, ir)
+            for lr in rates[-2:] for ir in ((30,) if quick else (10, 30))}, drawer)
+    rate = best("tg")[0]
+    look({f"tg + ir, lr {rate:g}, ir {ir}": (TABLE["tg + ir"], rate, ir) for ir in ((1,) if quick else (1, 10, 30))},
+         drawer)
+    chosen = {"paired": best("tg + ir"), "known": best("known pairs: tg"), "own": best("own words")}
+    return chosen, drawer, {k: {m: float(np.nanmean(v)) for m, v in x.items() if not np.isnan(v).all()}
+                            for k, x in seen.items()}
 
 
 def argv(args, flags, lrs, ir, seed, steps):
@@ -544,19 +560,41 @@ def argv(args, flags, lrs, ir, seed, steps):
 
 
 def joint(args):
-    """Which losses teach what (Tables 3 to 5, appendix I): each row from the same start, in the same order of data."""
+    """Which losses teach what (Tables 3 to 5): each row from the same start, in the same order of data."""
+    found = taught(args, TABLE, 2 if args.quick else 3)
+    norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
+             for k in ("all four", "own words: all four")}
+    keep(args, "joint", found[0] | {
+        "shown": before_and_after(args, found[1]),
+        "norms": {k: {n: v for n, v in x.items() if n.startswith("norm_")} for k, x in norms.items()}})
+
+
+def variants(args):
+    """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
+    seeds = 1 if args.quick else 3
+    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, seeds)[0])
+
+
+def draws(flags):
+    """Whether a row trains the generator."""
+    losses = set(flags.split("--losses ")[1].split(" --")[0].split())
+    return losses != {"tg"} and ("--own" not in flags or bool(losses & {"ig", "tr"}))
+
+
+def taught(args, rows, seeds):
+    """({what was trained, and {row: {domain: {measure: mean, and its difference to none and to ALONE}}}}, what
+    `examine` saw) of rows {name: flags}."""
     import metrics
-    steps, seeds = (40, 2) if args.quick else (200, 3)
+    steps = 40 if args.quick else 200
     chosen, drawer, tried = tuned(args, steps, metrics)
-    rows = {k: f for k, f in (TABLE if args.quick else TABLE | VARIANTS).items()}
-    runs = {f"{name} {seed}": argv(args, f, (chosen["paired" if f.startswith(PAIRED) else "own"][0], drawer),
-                                   chosen["paired" if f.startswith(PAIRED) else "own"][1], seed, steps)
-            for name, f in rows.items() for seed in range(seeds)}
+    setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
+               for k, f in rows.items()}
+    runs = {f"{name} {seed}": argv(args, f, (setting[name][0], drawer), setting[name][1], seed, steps)
+            for seed in range(seeds) for name, f in rows.items()}
     train(args, runs)
-    count, drawn = (50, 25) if args.quick else (500, 100)
+    count, drawn = (50, 25) if args.quick else (300, 100)
     found = examined(args, {"none": (None, 10_000, count, drawn)} | {
-        k: (str(args.work / "joint" / k), 10_000, count, drawn * ("ig" in rows[k.rsplit(" ", 1)[0]].split()))
-        for k in runs})
+        k: (str(args.work / "joint" / k), 10_000, count, drawn * draws(rows[k.rsplit(" ", 1)[0]])) for k in runs})
     domain = np.array([r["domain"] for r in found["none"]])
     each = {"none": {k: v[None] for k, v in marks(found["none"], metrics).items()}}
     for name in rows:
@@ -572,28 +610,46 @@ def joint(args):
             alone = alone if isinstance(alone, str) else alone[k in ("ig", "pairs")]
             out[name][d][k] = mean_of(v[:, at].mean(0), metrics) | {"seeds": v[:, at].mean(1)}
             for key, other in (("minus none", "none"), ("minus alone", alone)):
-                if not np.isnan(each[other][k][:, at]).any():
+                if other in each and not np.isnan(each[other][k][:, at]).any():
                     out[name][d][f"{k} {key}"] = mean_of(v[:, at].mean(0) - each[other][k][:, at].mean(0), metrics)
-    norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
-             for k in ("all four", "own words: all four")}
-    keep(args, "joint", {"steps": steps, "seeds": seeds, "chosen": chosen, "generator_lr": drawer, "val": tried,
-                         "alone": ALONE, "rows": out, "shown": before_and_after(args, found),
-                         "norms": {k: {n: v for n, v in x.items() if n.startswith("norm_")} for k, x in norms.items()}})
+    return {"steps": steps, "seeds": seeds, "chosen": chosen, "generator_lr": drawer, "val": tried, "rows": out,
+            "alone": {k: v for k, v in ALONE.items()
+                      if k in rows and set([v] if isinstance(v, str) else v) <= set(rows)}}, found
 
 
 def before_and_after(args, found, most=6):
-    """Captions before and after training with own words (seed 0), of the first scenes of out where they differ."""
-    after = found["own words: tg + ir 0"]
-    pairs = [(a, b, i) for i, (a, b) in enumerate(zip(found["none"], after)) if a["domain"] == "out"]
-    pairs = [(a, b, i) for a, b, i in pairs if a["caption"] != b["caption"]][:most]
-    first = next(i for i, r in enumerate(found["none"]) if r["domain"] == "out")
-    return [{"scene": ["out", 10_000 + i - first], "before": a["caption"], "after": b["caption"],
-             "facts": [a["facts"], b["facts"]], "human": a["references"][0]} for a, b, i in pairs]
+    """By rule: the first scenes of out whose beam caption was changed by own words and all four losses (seed 0).
+    Captions before and after, and drawings of a human caption from equal noise (50 steps), as PNGs in base64."""
+    import base64
+    import io
+
+    import torch
+    from PIL import Image
+
+    import cycle
+    name = "own words: all four 0"
+    rows = [(a, b) for a, b in zip(found["none"], found[name]) if a["domain"] == "out"]
+    picked = [(i, a, b) for i, (a, b) in enumerate(rows) if a["caption"] != b["caption"]][:most]
+    if not picked:
+        return []
+    human, drawn = [a["references"][0] for _, a, _ in picked], []
+    for checkpoint in (None, args.work / "joint" / name):
+        generator = cycle.Generator.load("miniature", "cpu")
+        if checkpoint:
+            cycle.adopt(checkpoint, cycle.Captioner.load("miniature", "cpu"), generator)
+        drawn.append([])
+        for x in generator.draw(human, [["out", i] for i, *_ in picked]):
+            buffer = io.BytesIO()
+            Image.fromarray((x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+            drawn[-1].append(base64.b64encode(buffer.getvalue()).decode())
+    return [{"scene": ["out", 10_000 + i], "human": h, "captions": [a["caption"], b["caption"]],
+             "facts": [a["facts"], b["facts"]], "drawings": list(d)}
+            for (i, a, b), h, d in zip(picked, human, zip(*drawn))]
 
 
 def signal(args):
     """What there is to learn from, on val: by timestep, how much worse the denoising loss is under a wrong caption, and
-    how well the captioner reads the one-step estimate; in how many of 100 noises a wrong word is found out."""
+    how well the captioner reads the one-step estimate; how often one noise tells the wrong word from the right one."""
     import torch
 
     import cycle
@@ -682,8 +738,6 @@ def findings(args):
     quality = {k: v[:, :10] for k, v in quality.items()}
     scores = {k: w["score"][k][:, :10] for k in ("clip", "dino", "pixel", "denoise 12", "clipscore", "likelihood")}
     out["I"] = table_of(quality, scores, w["domain"], metrics)
-    out["I by n"] = {n: {k: metrics.choices(quality["CIDEr"][:, :n], v[:, :n]) for k, v in scores.items()}
-                     for n in (2, 5, 10)}
     out["II"] = from_texts(args, "text", 10 if args.quick else 100, "full")[0]
     keep(args, "findings", out)
 
@@ -712,7 +766,7 @@ def from_texts(args, kind, limit, scorer):
     for domain in DOMAINS:
         run(args, "rerank.py", "-n", 10, "--scorer", scorer, "--turn", "text", "--limit", limit, "--data",
             world_set(args), "--split", domain, "--dtype", args.dtype, "--out", args.work / f"{kind}-{domain}")
-        named = {x.captions[0] if x.path is None else x.name: x for x in data.read(world_set(args), domain)}
+        named = {x.name: x for x in data.read(world_set(args), domain)}
         rows += (found := list(read(args, kind, domain).items()))
         items += [(named[k], domain) for k, _ in found]
     seen = metrics.likenesses(["clip", "dino"], "image", "miniature")
@@ -729,11 +783,12 @@ def from_texts(args, kind, limit, scorer):
         truths.append(np.asarray(dino(true))[0])
         features["pair"].append(pair_of(model, drawn, world))
     scores = {k: np.array([[r["scores"][k] for r in group] for _, group in rows]) for k in rows[0][1][0]["scores"]}
-    jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
-            for (_, group), (x, d) in zip(rows, items)]
-    for name, found in zip(("denoise 12", "denoise 12, less the empty caption"),
-                           zip(*spread(args, measure_pictures, jobs))):
-        scores[name] = np.array(found)
+    if scorer == "full":
+        jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
+                for (_, group), (x, d) in zip(rows, items)]
+        for name, found in zip(("denoise 12", "denoise 12, less the empty caption"),
+                               zip(*spread(args, measure_pictures, jobs))):
+            scores[name] = np.array(found)
     table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
     return table, {k: np.stack(v) for k, v in features.items()}, np.stack(truths), scores
 
@@ -780,6 +835,15 @@ def table_of(quality, scores, domain, metrics):
     rows = {d: (domain == d) | (d == "all") for d in ("all", *DOMAINS)}
     return {q: {s: {d: metrics.choices(x[at], y[at]) for d, at in rows.items()} for s, y in scores.items()}
             for q, x in quality.items()}
+
+
+# ---------------------------------------------------------------- one caption, one drawing
+def scores(args):
+    """Tables 3 and 4 of the shipped models: what evaluate.py prints."""
+    folder = args.work / "evaluate"
+    run(args, "evaluate.py", "--ci", "--limit", 10 if args.quick else 100, "--out", folder)
+    found = json.loads((folder / "results.json").read_text())
+    keep(args, "scores", {k: found[k] for k in ("captions", "images")})
 
 
 # ---------------------------------------------------------------- cost
