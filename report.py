@@ -120,10 +120,10 @@ def text_joint(found):
              f"known pairs without ir; of the generator {found['generator_lr']:g}. Means over seeds, 95 % intervals "
              "over scenes nothing was trained on; they leave out the spread between seeds, which is printed.", "",
              "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only "
-             "pictures and captions of pairs that the captioner has always known. `own words`: the same, and beside it pictures "
-             "of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to beat, is the "
-             f"same described pictures without the other model ({against(found)}). The val scenes, by which settings "
-             "were chosen, are of all three domains.", "", *captioner_tables(found), *generator_table(found)]
+             "pictures and captions of pairs that the captioner has always known. `own words`: the same, and beside it "
+             "pictures of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to "
+             f"beat, is the same described pictures without the other model ({against(found)}). The val scenes, by "
+             "which settings were chosen, are of all domains.", "", *captioner_tables(found), *generator_table(found)]
     tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
              for k, v in found["val"].items()]
     lines += ["**Tried on val** (seed 99; by CIDEr, the generator's learning rate by the denoising loss)", "",

@@ -172,6 +172,11 @@ def test_own_words(tmp_path, captioner, generator):
     run(tmp_path / "tg", "--losses", "tg", "--steps", 1)
     ours, alone = log(tmp_path / "own")[0], log(tmp_path / "tg")[0]
     assert ours["tg"] == pytest.approx(alone["tg"], rel=1e-6)                 # the described samples are the same ones
+    plain = load_file(tmp_path / "tg/checkpoint.safetensors")
+    assert not same({k: v for k, v in tensors.items() if "adam" not in k}, {k: v for k, v in plain.items()
+                                                                           if "adam" not in k}, 1e-5)
+    wide = ["--own", "all", "--losses", "tg", "ir", "--steps", 1, "--dtype", "float64"]
+    assert same(run(tmp_path / "cut", *wide, "--micro", 1), run(tmp_path / "uncut", *wide), 1e-12)
     rows = torch.randperm(20_000, generator=cycle.chance("own", 0, 0))[:4].tolist()
     way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, generator.text_encoder.get_input_embeddings().weight,
                         len(captioner.head.weight), begin=captioner.prompt[0])
@@ -220,6 +225,13 @@ def test_temperature_is_of_the_bridge_alone(whole, tmp_path, captioner, generato
     run(tmp_path, "--steps", 1, "--temperature", 3)
     ours, plain = log(tmp_path)[0], log(whole[0])[0]
     assert ours["tg"] == pytest.approx(plain["tg"], rel=1e-5) and abs(ours["ir"] - plain["ir"]) > 1e-5
+
+
+def test_weights_follow_their_losses():
+    args = finetune.flags(["--losses", "ir", "tg", "--weights", "10", "1"])
+    assert dict(zip(args.losses, args.weights)) == {"tg": 1, "ir": 10} and args.losses == ["tg", "ir"]
+    with pytest.raises(SystemExit):
+        finetune.flags(["--own", "photoz"])
 
 
 def test_a_learning_rate_for_each_side(tmp_path):
