@@ -105,15 +105,14 @@ class Denoised:
     timesteps: torch.Tensor
 
 
-def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, batch=64, empty=None, span=(0.0, 1.0),
-          gamma=5.0):
+def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, batch=64, empty=None, span=(0.0, 1.0)):
     """How well the generator denoises image under caption (Eq. 3 as a score): Denoised, of n candidates.
 
     One image and n captions; n images and one caption; or n images, each with its own caption. All candidates meet the
-    same `draws` pairs of timestep and noise: stratified over `span` of the schedule, a function of (seed, item). gamma:
-    the velocity loss is weighted by min(SNR, gamma), that is, the noise loss by 1 where there is much noise, by gamma
-    where there is little (chosen on the miniature's val); None: the model's own loss. empty: subtract the loss under
-    the empty caption, so that scores of different images compare; default where there are several images.
+    same `draws` pairs of timestep and noise: stratified over `span` of the schedule, a function of (seed, item); the
+    loss is the one the model was trained with, unweighted (weights by the signal-to-noise ratio lost on the
+    miniature's val). empty: subtract the loss under the empty caption, so that scores of different images compare;
+    default where there are several images.
     budget: UNet evaluations at most, spent by successive halving among the captions of one image: each round the worse
     half drops out; who dropped out is ranked by its difference to the winner on the draws they share. Equal captions
     of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for other counts.
@@ -139,7 +138,6 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
             loss = denoising(generator, latents, some, t, noise, batch)                   # (draws, alive)
             if empty:
                 loss = loss - denoising(generator, latents, nothing, t, noise, batch)
-            loss = loss * weights(generator.scheduler, t, span, gamma)[:, None].to(loss)
             spent += more * price
             parts.append(loss.new_full((more, width), torch.nan))
             parts[-1][:, alive] = loss
@@ -178,16 +176,6 @@ def pairs(generator, latents, draws, part, seed, item, span):
     u = (torch.arange(draws) + torch.rand(draws, generator=g)) / draws
     t = ((span[0] + (span[1] - span[0]) * u) * steps).long().clamp(max=steps - 1)
     return t.to(latents.device), torch.randn(draws, *latents.shape[1:], generator=g).to(latents)
-
-
-def weights(scheduler, t, span, gamma):
-    """Weights (draws,) float64 on the CPU of the model's own loss at timesteps t; their mean over the span is 1."""
-    steps = scheduler.config.num_train_timesteps
-    a = scheduler.alphas_cumprod.double().cpu()
-    snr = (a / (1 - a)).clamp(min=1e-8)
-    unit = {"epsilon": (snr + 1) / snr, "sample": snr + 1, "v_prediction": torch.ones_like(snr)}   # to velocity
-    w = torch.ones_like(snr) if gamma is None else snr.clamp(max=gamma) * unit[scheduler.config.prediction_type]
-    return w[t.cpu()] / w[int(span[0] * steps):max(int(span[0] * steps) + 1, int(span[1] * steps))].mean()
 
 
 def denoising(generator, latents, states, t, noise, batch):

@@ -71,7 +71,11 @@ def flags(argv=None):
     first = p.parse_known_args(argv)[0]
     if first.resume or first.export:
         p.set_defaults(**header(first.out)["settings"])
-    args = p.parse_args(argv)
+    return complete(p, p.parse_args(argv))
+
+
+def complete(p, args):
+    """Defaults that follow from other flags, and what cannot be."""
     args.generator = args.generator or ("miniature" if args.captioner == "miniature" else "sd14")
     args.data = args.data or ("miniature" if args.captioner == "miniature" else None)
     args.steps = args.steps or (1000 if args.data == "miniature" else None)

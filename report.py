@@ -23,7 +23,8 @@ NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full 
          "few": "few steps (8), CLIP", "again": "full cycle, CLIP, another seed",
          "clipscore": "*no cycle:* CLIP(picture, caption)",
          "likelihood": "*no cycle:* log-likelihood", "halved 60": "denoise, `--budget 60`",
-         "even 12": "denoise, 12 noises, even weights", "upper 12": "denoise, 12 noises, even weights, t > 300"}
+         "min(snr, 5), halved 60": "denoise, `--budget 60`, weights min(SNR, 5)",
+         "upper 12": "denoise, 12 noises, t > 300"}
 
 
 def flags(argv=None):
@@ -34,7 +35,9 @@ def flags(argv=None):
 
 # ---------------------------------------------------------------- tables
 def name_of(key):
-    return NAMES.get(key) or re.sub(r"^denoise (\d+)", r"denoise, \1 noises", key).replace("ranks: ", "sum of ranks: ")
+    key = re.sub(r"^denoise (\d+)", r"denoise, \1 noises", NAMES.get(key, key))
+    key = re.sub(r"^min\(snr, 5\) (\d+)", r"denoise, \1 noises, weights min(SNR, 5)", key)
+    return key.replace("ranks: ", "sum of ranks: ")
 
 
 def with_interval(x, digits=1, sign=True):
@@ -264,6 +267,7 @@ def write(folder):
             command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
             out += ["", f"## {title}", "", f"`{command}`; {about['machine']}, torch {about['torch']}, "
                     f"{about['dtype']}.", "", *figure, *parts[name]]
+            out += ["", found["note"] + "."] if "note" in found else []
     return "\n".join(out) + "\n", parts
 
 
@@ -279,12 +283,13 @@ def readme(text, parts):
 def figure_scorers(found, plt):
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for axis, domain in zip(axes, DOMAINS):
-        denoise = {k: r for k, r in found["scorers"].items() if k.startswith("denoise")}
-        x, y = [r["evaluations"] for r in denoise.values()], [r[domain]["gain"] for r in denoise.values()]
-        low, high = zip(*(r[domain]["interval"] for r in denoise.values()))
-        axis.fill_between(x, low, high, alpha=.2)
-        axis.plot(x, y, marker="o", ms=3, label="denoise, 1 to 64 noises")
-        for k in ("clip", "dino", "few", "halved 60"):
+        for start, label in (("denoise ", "denoise"), ("min(snr, 5) ", "denoise, weights min(SNR, 5)")):
+            family = [r for k, r in found["scorers"].items() if k.startswith(start)]
+            x, y = [r["evaluations"] for r in family], [r[domain]["gain"] for r in family]
+            low, high = zip(*(r[domain]["interval"] for r in family))
+            axis.fill_between(x, low, high, alpha=.2)
+            axis.plot(x, y, marker="o", ms=3, label=label)
+        for k in ("clip", "dino", "few"):
             r = found["scorers"][k]
             axis.errorbar(r["evaluations"], r[domain]["gain"], [[r[domain]["gain"] - r[domain]["interval"][0]],
                           [r[domain]["interval"][1] - r[domain]["gain"]]], marker="s", ms=4, label=name_of(k))
@@ -305,6 +310,8 @@ def figure_findings(found, plt):
         axis.axis("off")
     for axis, (which, quality) in zip(axes.flat, panels):
         for key, r in found[which][quality].items():
+            if "by_rank" not in r["all"]:
+                continue
             axis.plot(range(1, 1 + len(r["all"]["by_rank"])), r["all"]["by_rank"], marker="o", ms=3,
                       label=name_of(key).replace("*", ""))
         axis.axhline(r["all"]["mean"], color="grey", ls=":", lw=1)

@@ -158,7 +158,7 @@ def measure(job):
     if span is None:
         found = cycle.score(start.generator, image, captions, budget=draws, item=item)
         return {"item": item, "captions": captions, "timesteps": [found.evaluations], "loss": [(-found.score).tolist()]}
-    found = cycle.score(start.generator, image, captions, draws, item=item, span=tuple(span), gamma=None)
+    found = cycle.score(start.generator, image, captions, draws, item=item, span=tuple(span))
     return {"item": item, "captions": captions, "timesteps": found.timesteps.tolist(),
             "loss": [[float(f"{v:.6g}") for v in row] for row in found.loss.tolist()]}
 
@@ -292,10 +292,10 @@ def gather(args, domain, metrics, world, data):
             rows.append([value[c] for c in row])
         return np.array(rows)
     for draws in DRAWS:
-        score[f"denoise {draws}"] = without_drawing(loss, draws, "min(snr, 5)")
-        cost[f"denoise {draws}"] = unique * draws
-    for name, found in (("even 12", loss), ("upper 12", upper)):
-        score[name], cost[name] = without_drawing(found, 12, "even"), unique * 12
+        score[f"denoise {draws}"] = without_drawing(loss, draws, "even")
+        score[f"min(snr, 5) {draws}"] = without_drawing(loss, draws, "min(snr, 5)")
+        cost[f"denoise {draws}"] = cost[f"min(snr, 5) {draws}"] = unique * draws
+    score["upper 12"], cost["upper 12"] = without_drawing(upper, 12, "even"), unique * 12
     score["halved 60"] = np.array([[-halved[k][2][0][halved[k][0].index(c)] for c in row[:10]]
                                    for k, row in zip(names, said)])
     cost["halved 60"] = np.array([halved[k][1][0] for k in names])
@@ -447,7 +447,7 @@ def examine(job):
     rows = [{"domain": domain, "caption": c, "facts": truth(c, s, world), "tg": l, "references": world.captions(s)}
             for c, s, l in zip(said, scenes, tg)]
     if drawn:
-        found = [cycle.score(generator, x[None], [c], 8, item=[domain, i], gamma=None).score.item()
+        found = [cycle.score(generator, x[None], [c], 8, item=[domain, i]).score.item()
                  for i, x, c in zip(indices, images, human)]
         pictures = cycle.few_steps(generator).draw(human, [[domain, i] for i in indices], 0, 8, batch=25)
         for row, score, seen, s in zip(rows, found, world.look(start.reader, pictures), scenes):

@@ -12,7 +12,7 @@ SAID = ["a red ring", "a blue box at night", "a red ring", "two green hearts", "
 
 def test_score_is_the_denoising_loss(generator, images):
     """Each caption alone, without the shared stem, by losses.py: the same mean squared errors at the same draws."""
-    found = cycle.score(generator, images[:1], SAID, draws=6, seed=3, item="x", batch=12, span=(.3, 1.0), gamma=None)
+    found = cycle.score(generator, images[:1], SAID, draws=6, seed=3, item="x", batch=12, span=(.3, 1.0))
     mean, _ = generator.encode(images[:1])
     t, noise = cycle.pairs(generator, mean, 6, 0, 3, "x", (.3, 1.0))
     assert (t >= 300).all() and (t.diff() > 0).all()                           # stratified over the span
@@ -26,14 +26,14 @@ def test_score_is_the_denoising_loss(generator, images):
         assert error.item() == pytest.approx(each.std().item() / 6 ** .5, rel=1e-4)
     assert found.evaluations == 6 * 4 and found.score[0] == found.score[2]     # equal captions are scored once
     assert found.gap.min() == 0 and found.gap.argmin() == found.score.argmax()
-    again = cycle.score(generator, images[:1], SAID[:2], draws=6, seed=3, item="x", span=(.3, 1.0), gamma=None)
+    again = cycle.score(generator, images[:1], SAID[:2], draws=6, seed=3, item="x", span=(.3, 1.0))
     assert torch.allclose(again.score, found.score[:2], rtol=1e-5)             # company does not matter
     assert "forward" not in vars(generator.unet.conv_in)                       # the shared stem is gone
 
 
 def test_images_given_a_text(generator, images):
     """What the caption adds to the empty one: an image that is easy to denoise gains nothing by that."""
-    found = cycle.score(generator, images[:3], ["a red ring"], draws=4, span=(.3, 1.0), gamma=None)
+    found = cycle.score(generator, images[:3], ["a red ring"], draws=4, span=(.3, 1.0))
     mean, _ = generator.encode(images[:3])
     t, noise = cycle.pairs(generator, mean, 4, 0, 0, 0, (.3, 1.0))
     for i in range(3):
@@ -117,29 +117,6 @@ def test_few_steps_draw_nearly_the_same(generator):
     few = cycle.few_steps(cycle.Generator.load("miniature", "cpu")).draw(SAID[:2], items=[0, 1], steps=10)
     other = generator.draw(SAID[:2], items=[2, 3], steps=50)
     assert (few - own).square().mean() < .5 * (other - own).square().mean()
-
-
-def test_weights_by_hand(generator, images):
-    """min(SNR, gamma) times the velocity loss, whatever the model predicts; mean 1 over the span."""
-    from types import SimpleNamespace
-    a = torch.tensor([.9, .5, .2, .01], dtype=torch.float64)
-    snr = a / (1 - a)                                                         # 9, 1, 1/4, 1/99
-
-    def of(kind, t=(0, 1, 2, 3), span=(0, 1), gamma=5.0):
-        config = SimpleNamespace(num_train_timesteps=4, prediction_type=kind)
-        scheduler = SimpleNamespace(alphas_cumprod=a, config=config)
-        return cycle.weights(scheduler, torch.tensor(t), span, gamma)
-    velocity = torch.tensor([5, 1, .25, 1 / 99], dtype=torch.float64)
-    assert torch.allclose(of("v_prediction"), velocity / velocity.mean())
-    for kind, per in (("epsilon", (1 + snr) / snr), ("sample", 1 + snr)):     # |v error|^2 of the same estimate
-        assert torch.allclose(of(kind), velocity * per / (velocity * per).mean())
-    assert torch.allclose(of("v_prediction", (2, 3), (.5, 1)), velocity[2:] / velocity[2:].mean())
-    assert torch.equal(of("epsilon", gamma=None), torch.ones(4, dtype=torch.float64))
-    plain = cycle.score(generator, images[:1], SAID[:2], draws=3, gamma=None)
-    weighted = cycle.score(generator, images[:1], SAID[:2], draws=3)
-    w = cycle.weights(generator.scheduler, plain.timesteps, (0, 1), 5.0)
-    assert torch.allclose(weighted.loss, plain.loss * w[:, None], rtol=1e-5)
-    assert torch.allclose(weighted.score, -(plain.loss * w[:, None]).mean(0), rtol=1e-5)
 
 
 def test_distilled_checkpoints_keep_their_solver():
