@@ -123,13 +123,15 @@ def bench_step(args):
 
     def step(weights, **options):
         losses.joint(captioner, generator, cross, batch, weights, **options)[0].backward()
-    rows = {}
-    for name, f in {"one graph": lambda: step(every, split=False), "split, one image at once": lambda: step(every),
-                    "split, 8 images at once": lambda: step(every, chunk=8),
-                    "four losses apart": lambda: [step({k: 1 / 8}) for k in every],
-                    "tg and ir": lambda: step({"tg": 1 / 8, "ir": 1 / 8}),
-                    "ig and tr": lambda: step({"ig": 1 / 8, "tr": 1 / 8}, chunk=8),
-                    "tg and ig alone": lambda: step({"tg": 1 / 8, "ig": 1 / 8})}.items():
+    rows, eighth = {}, 1 / 8
+    for name, f in {"tg": lambda: step({"tg": eighth}), "ig": lambda: step({"ig": eighth}),
+                    "tg and ig, apart": lambda: [step({"tg": eighth}), step({"ig": eighth})],
+                    "tg and ir": lambda: step({"tg": eighth, "ir": eighth}),
+                    "ig and tr": lambda: step({"ig": eighth, "tr": eighth}, chunk=8),
+                    "four losses apart": lambda: [step({k: eighth}, chunk=8) for k in every],
+                    "all four": lambda: step(every, chunk=8),
+                    "all four, one graph": lambda: step(every, split=False, chunk=8),
+                    "all four, tr image by image": lambda: step(every)}.items():
         with FlopCounterMode(display=False) as counter:
             f()
         rows[name] = {"s": clock(f, args.times), "MiB": bridge.peak(f) / 2 ** 20,

@@ -127,6 +127,8 @@ def text_joint(found):
              "pictures of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to "
              f"beat, is the same described pictures without the other model ({against(found)}). The val scenes, by "
              "which settings were chosen, are of all domains.", "", *captioner_tables(found), *generator_table(found)]
+    if not found["val"]:                                                                       # of --quick
+        return lines
     tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
              for k, v in found["val"].items()]
     lines += ["**Tried on val** (seed 99; by CIDEr, the generator's learning rate by the denoising loss)", "",
@@ -235,7 +237,7 @@ def text_samplers(found):
 
 def text_cost(found):
     """Cost of a step as a multiple of the two separate ones."""
-    apart = found["step"]["tg and ig alone"]
+    apart = found["step"]["tg and ig, apart"]
     rows = [[name, *(f"{r[k]:.{n}f} ({r[k] / apart[k]:.2f} x)" for k, n in (("s", 3), ("GFLOP", 1), ("MiB", 0)))]
             for name, r in found["step"].items()]
     return [markdown(["a step of 8 pictures, forward and backward", "seconds", "GFLOP", "MiB"], rows), "",
@@ -258,8 +260,10 @@ def write(folder):
     for name, title in SECTIONS.items():
         if (folder / f"{name}.json").exists():
             found = json.loads((folder / f"{name}.json").read_text())
-            about, figure = found["about"], [x for file, (section, f) in FIGURES.items() if section == name for x in (
-                f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
+            about, figure = found["about"], [
+                x for file, (section, f) in FIGURES.items()
+                if section == name and (file != "taught" or found.get("shown")) for x in (
+                    f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
             if name == "findings" and (folder / "scorers.json").exists():
                 found = {"beam": {"CIDEr": json.loads((folder / "scorers.json").read_text())["beam"]}} | found
             parts[name] = globals()[f"text_{name}"](found)
@@ -371,8 +375,9 @@ def draw(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     for name, (section, f) in FIGURES.items():
-        if (folder / f"{section}.json").exists():
-            figure = f(json.loads((folder / f"{section}.json").read_text()), plt)
+        found = json.loads((folder / f"{section}.json").read_text()) if (folder / f"{section}.json").exists() else None
+        if found and (name != "taught" or found.get("shown")):
+            figure = f(found, plt)
             figure.tight_layout()
             figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
             plt.close(figure)

@@ -29,6 +29,7 @@ SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
+QUICK = ("val", "scorers", "words", "joint")                # the parts of --quick: the signs the text rests on
 FROZEN = ("val", "scorers", "words", "findings", "samplers", "pictures")          # those that --dtype is for
 PARTS = ("scores", "val", "scorers", "words", "signal", "joint", "variants", "findings", "samplers", "pictures", "cost")
 
@@ -42,14 +43,14 @@ def flags(argv=None):
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files and figures")
     p.add_argument("--work", type=Path, default=HERE / "out/results", help="folder of candidates and checkpoints")
     args = p.parse_args(argv)
-    args.parts = args.parts or list(PARTS)
+    args.parts = args.parts or list(QUICK if args.quick else PARTS)
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         p.error(f"{', '.join(sorted(unknown))}: parts are {', '.join(PARTS)}")
     args.out, args.work = args.out.resolve(), args.work.resolve()
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
-    args.items = 40 if args.quick else 500
+    args.items, args.steps = (16, 15) if args.quick else (500, 50)
     return args
 
 
@@ -133,10 +134,10 @@ def candidates(args):
     data = world_set(args)
     for domain in DOMAINS:
         common = ["--data", data, "--split", domain, "--dtype", args.dtype]
-        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", args.items // 5, *common, "--out",
-            args.work / f"full-{domain}")
-        run(args, "rerank.py", "-n", 3, "--scorer", "full", "--way", "beam", *common, "--out",
-            args.work / f"beam-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", args.items // 5, "--steps", args.steps, *common,
+            "--out", args.work / f"full-{domain}")
+        run(args, "rerank.py", "-n", 3, "--scorer", "full", "--way", "beam", "--steps", args.steps, *common,
+            "--out", args.work / f"beam-{domain}")
         run(args, "rerank.py", "-n", 10, "--scorer", "few", *common, "--out", args.work / f"few-{domain}")
 
 
@@ -264,10 +265,10 @@ def val(args):
 def gather(args, domain, metrics, world, data):
     """Everything known of a domain, of ten samples and then three beams an item: names, captions, scores (items, 13 or
     10) by name, UNet evaluations by name, quality (items, 13) by name."""
-    full, beam, few = (read(args, kind, domain) for kind in ("full", "beam", "few"))
+    drawn, beam, few = (read(args, kind, domain) for kind in ("full", "beam", "few"))
     items = {x.name: x for x in data.read(world_set(args), domain)}
-    names = list(full)
-    pool = [full[k] + beam[k] for k in names]
+    names = list(drawn)
+    pool = [drawn[k] + beam[k] for k in names]
     said = [[r["caption"] for r in rows] for rows in pool]
     jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 64, (0, 1)) for k, c in zip(names, said)]
     loss, halved = denoised(args, f"denoise-{domain}", jobs), denoised(
@@ -277,8 +278,9 @@ def gather(args, domain, metrics, world, data):
     for name in ("clip", "dino", "pixel", "clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
     score["few"] = np.array([[r["scores"]["clip"] for r in few[k]] for k in names])
-    score["again"] = np.array([[r["scores"].get("clip again") or math.nan for r in full[k]] for k in names])
-    cost = {"clip": unique * 100, "dino": unique * 100, "pixel": unique * 100, "few": unique * 16,
+    score["again"] = np.array([[r["scores"].get("clip again") or math.nan for r in drawn[k]] for k in names])
+    full = unique * 2 * args.steps
+    cost = {"clip": full, "dino": full, "pixel": full, "few": unique * 16,
             "clipscore": 0 * unique, "likelihood": 0 * unique}
     snr = signal_to_noise()
 
@@ -334,7 +336,7 @@ def seconds(args, w, data, metrics):
     torch.set_num_threads(args.processes)
     generator, few = cycle.Generator.load("miniature", "cpu"), cycle.few_steps(cycle.Generator.load("miniature", "cpu"))
     judges = metrics.likenesses(["clip", "dino", "pixel"], "image", "miniature")
-    some = np.linspace(0, len(w["names"]) - 1, 3 if args.quick else 12).astype(int)
+    some = np.linspace(0, len(w["names"]) - 1, 1 if args.quick else 12).astype(int)
     work = [(data.open_image(w["paths"][i]), list(dict.fromkeys(w["said"][i][:10]))) for i in some]
 
     def clock(f):
@@ -346,7 +348,7 @@ def seconds(args, w, data, metrics):
 
     def drawn(speaker, steps, name):
         return lambda x, c: judges.pairs[name](speaker.draw(c, [0] * len(c), steps=steps, batch=40), x[None])
-    out = {name: clock(drawn(generator, 50, name)) for name in ("clip", "dino", "pixel")}
+    out = {name: clock(drawn(generator, args.steps, name)) for name in ("clip", "dino", "pixel")}
     out |= {"few": clock(drawn(few, 8, "clip")), "clipscore": clock(lambda x, c: judges.clipscore(x[None], c)),
             "halved 60": clock(lambda x, c: cycle.score(generator, x[None], c, budget=60))}
     out |= {f"denoise {k}": clock(lambda x, c, k=k: cycle.score(generator, x[None], c, k)) for k in DRAWS}
@@ -469,8 +471,8 @@ def train(args, jobs):
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         command.write_text(json.dumps(argv))
-        begun, log = (out / "checkpoint.safetensors").exists(), out / "log.jsonl"
-        if begun and log.exists() and len(log.read_text().splitlines()) == int(argv[argv.index("--steps") + 1]):
+        begun, about = (out / "checkpoint.safetensors").exists(), out / "checkpoint.json"
+        if about.exists() and json.loads(about.read_text())["step"] == int(argv[argv.index("--steps") + 1]):
             return
         run(args, "finetune.py", *argv, "--out", out, *["--resume"] * begun, several=False)
     with ThreadPoolExecutor(args.processes) as pool:
@@ -525,7 +527,7 @@ def marks(rows, metrics):
 def tuned(args, steps, metrics):
     """Learning rates and weights of ir, on val: ({"paired", "known", "own": (lr, weight)}, the generator's lr, what was
     tried). By the mean CIDEr of the three domains; the generator's by its denoising loss."""
-    quick, count = args.quick, 50 if args.quick else 150
+    count = 150
 
     def look(some, drawer=None):
         train(args, {f"val {k}": argv(args, f, (lr, drawer or lr), w, 99, steps) for k, (f, lr, w) in some.items()})
@@ -538,18 +540,23 @@ def tuned(args, steps, metrics):
     def best(start, key=lambda k: seen[k]["CIDEr"].mean()):
         return tried[max((k for k in tried if k.startswith(start)), key=key)][1:]
     tried, seen = {}, {}
-    rates = (1e-3,) if quick else (3e-4, 1e-3, 3e-3)
-    look({f"ig, lr {lr:g}": (TABLE["ig"], lr, 1) for lr in ((1e-4,) if quick else (3e-5, 1e-4, 1e-3))})
+    rates = 3e-4, 1e-3, 3e-3
+    look({f"ig, lr {lr:g}": (TABLE["ig"], lr, 1) for lr in (3e-5, 1e-4, 1e-3)})
     drawer = best("ig", lambda k: -np.nanmean(seen[k]["ig"]))[0]
     look({f"{k}, lr {lr:g}": (TABLE[k], lr, 1) for k in ("tg", "known pairs: tg") for lr in rates}
          | {f"own words, lr {lr:g}, ir {ir}": (TABLE["own words: tg + ir"], lr, ir)
-            for lr in rates[-2:] for ir in ((30,) if quick else (10, 30))}, drawer)
+            for lr in rates[-2:] for ir in (10, 30)}, drawer)
     rate = best("tg")[0]
-    look({f"tg + ir, lr {rate:g}, ir {ir}": (TABLE["tg + ir"], rate, ir) for ir in ((1,) if quick else (1, 10, 30))},
-         drawer)
+    look({f"tg + ir, lr {rate:g}, ir {ir}": (TABLE["tg + ir"], rate, ir) for ir in (1, 10, 30)}, drawer)
     chosen = {"paired": best("tg + ir"), "known": best("known pairs: tg"), "own": best("own words")}
     return chosen, drawer, {k: {m: float(np.nanmean(v)) for m, v in x.items() if not np.isnan(v).all()}
                             for k, x in seen.items()}
+
+
+def known(args):
+    """What an earlier full run chose: for --quick."""
+    found = json.loads((HERE / "results/joint.json").read_text())
+    return found["chosen"], found["generator_lr"], {}
 
 
 def argv(args, flags, lrs, ir, seed, steps):
@@ -561,7 +568,10 @@ def argv(args, flags, lrs, ir, seed, steps):
 
 def joint(args):
     """Which losses teach what (Tables 3 to 5): each row from the same start, in the same order of data."""
-    found = taught(args, TABLE, 2 if args.quick else 3)
+    if args.quick:
+        keep(args, "joint", taught(args, {k: TABLE[k] for k in ("known pairs: tg", "own words: tg + ir")}, 1)[0])
+        return
+    found = taught(args, TABLE, 3)
     norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
              for k in ("all four", "own words: all four")}
     keep(args, "joint", found[0] | {
@@ -571,8 +581,7 @@ def joint(args):
 
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
-    seeds = 1 if args.quick else 3
-    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, seeds)[0])
+    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, 3)[0])
 
 
 def draws(flags):
@@ -585,8 +594,8 @@ def taught(args, rows, seeds):
     """({what was trained, and {row: {domain: {measure: mean, and its difference to none and to ALONE}}}}, what
     `examine` saw) of rows {name: flags}."""
     import metrics
-    steps = 40 if args.quick else 200
-    chosen, drawer, tried = tuned(args, steps, metrics)
+    steps = 60 if args.quick else 200
+    chosen, drawer, tried = known(args) if args.quick else tuned(args, steps, metrics)
     setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
                for k, f in rows.items()}
     runs = {f"{name} {seed}": argv(args, f, (setting[name][0], drawer), setting[name][1], seed, steps)
@@ -712,7 +721,7 @@ def words(args):
     """cycle.words, which rerank.py --words prints, on 300 captions with one planted wrong colour or shape."""
     import metrics
     jobs = [(kind, split, 20_000 + i) for kind in ("colour", "shape") for split in ("test", "near", "out")
-            for i in range(10 if args.quick else 50)]
+            for i in range(5 if args.quick else 50)]
     right = spread(args, planted, jobs)
     cases = {"colour or shape": right}
     for (kind, split, _), r in zip(jobs, right):

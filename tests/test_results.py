@@ -1,13 +1,16 @@
 """RESULTS.md and the README say what results/*.json say; the counting behind them on hand-made cases."""
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
+import metrics
 import report
 import results
 import world
@@ -18,7 +21,9 @@ def test_no_number_is_typed_by_hand():
     text, parts = report.write(ROOT / "results")
     assert text == (ROOT / "RESULTS.md").read_text()
     page = (ROOT / "README.md").read_text()
-    assert report.readme(page, parts) == page and page.count("<!-- end -->") >= 3
+    assert report.readme(page, parts) == page
+    marked = re.findall(r"<!-- (?!end)(\w+) -->\n(.)", page)
+    assert len(marked) >= 5 and all(name in parts and first == "|" for name, first in marked)   # and none is empty
     first = json.loads((ROOT / "results/scorers.json").read_text())["scorers"]["clip"]["all"]
     assert f"{first['chosen']:.1f} | {first['gain']:+.1f} [" in page                          # the JSON's own number
     changed = page.replace(f"{first['chosen']:.1f} |", "999.9 |")
@@ -51,6 +56,51 @@ def test_a_planted_word_is_wrong(kind):
         said = results.spoil(true, scene, kind, i, world)
         assert sum(a != b for a, b in zip(true.split(), said.split())) == 1
         assert results.truth(true, scene, world) == 1 > results.truth(said, scene, world)
+
+
+def test_what_a_row_trains_and_weighs():
+    words = results.argv(None, results.TABLE["own words: all four"], (1e-3, 1e-4), 30, 7, 200)
+    at = words.index("--weights")
+    assert [str(x) for x in words[at:at + 5]] == ["--weights", "1", "30", "1", "1"] and "--own" in words
+    assert [k for k, f in results.TABLE.items() if not results.draws(f)] == [
+        "tg", "known pairs: tg", "own words: tg + ir"]
+    rows = {**results.TABLE, **results.VARIANTS}
+    assert all({v} <= rows.keys() if isinstance(v, str) else set(v) <= rows.keys() for v in results.ALONE.values())
+
+
+def test_marks_by_hand():
+    """CIDEr of examine's rows equals metrics.cider of the same; what was not taken is nan."""
+    rows = [{"caption": "a red ring", "references": ["a red ring", "a hoop"], "facts": 1.0, "tg": .5},
+            {"caption": "a box", "references": ["a blue box", "a square"], "facts": .5, "tg": .7, "ig": .1, "pairs": 1}]
+    found = results.marks(rows, metrics)
+    want = metrics.cider(["a red ring", "a box"], [r["references"] for r in rows])
+    assert found["CIDEr"] == pytest.approx(100 * want) and np.isnan(found["ig"][0]) and found["pairs"][1] == 1
+
+
+def test_pairs_as_the_reader_sees_them():
+    """The likeliest of the 48 pairs is the true one, of drawn scenes of one object."""
+    eye = world.reader(ROOT / "miniature/reader/model.safetensors")
+    scenes = [s for s in (world.sample("all", i) for i in range(60)) if len(s["objects"]) == 1]
+    images = torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2) / 255
+    best = results.pair_of(eye, images, world).argmax(1)
+    seen = [(list(world.COLOURS)[k // len(world.SHAPES)], list(world.SHAPES)[k % len(world.SHAPES)]) for k in best]
+    assert np.mean([[p] == world.pairs(s) for p, s in zip(seen, scenes)]) > .9
+
+
+def test_caches_know_their_settings(tmp_path, monkeypatch):
+    """A run of other settings is trained anew, one that was killed goes on, a finished one is left alone."""
+    calls = []
+
+    def fake(args, script, *argv, **options):
+        out, argv = argv[argv.index("--out") + 1], [str(x) for x in argv]
+        calls.append("--resume" in argv)
+        (out / "checkpoint.safetensors").write_bytes(b"")
+        (out / "checkpoint.json").write_text(json.dumps({"step": 1 if len(calls) == 1 else 3}))
+    monkeypatch.setattr(results, "run", fake)
+    args = results.flags(["joint", "--work", str(tmp_path), "--processes", "1"])
+    for lr, want in ((1, [False]), (1, [False, True]), (1, [False, True]), (2, [False, True, False])):
+        results.train(args, {"a": ["--lr", lr, "--steps", 3]})
+        assert calls == want
 
 
 def test_kept_numbers_are_plain(tmp_path):
