@@ -754,7 +754,7 @@ def findings(args):
 def pictures(args):
     """Finding II on more texts, drawn in 8 steps; and what the choice is worth to a set: Frechet distance, IS."""
     import metrics
-    out, features, truths, scores = from_texts(args, "fewtext", args.items, "few")
+    out, features, truths, scores = from_texts(args, "fewtext", 10 if args.quick else 150, "few")
     sets, n = {}, len(truths)
     every = {"a random one": np.random.default_rng(0).random((n, 10))} | scores
     for name, score in every.items():
@@ -816,7 +816,7 @@ def samplers(args):
     """Ways of speaking and N (appendices B to D): what the choice by drawings, in 8 steps, is worth."""
     import data
     import metrics
-    limit, out = 10 if args.quick else 100, {"ways": {}, "N": {}}
+    limit, out = 10 if args.quick else 50, {"ways": {}, "N": {}}
     for way, n in (("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
         groups, references = [], []
         for domain in DOMAINS:
