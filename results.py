@@ -581,7 +581,7 @@ def joint(args):
 
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
-    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, 3)[0])
+    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, 1)[0])
 
 
 def draws(flags):
