@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import metrics
 import report
 import results
@@ -101,6 +102,48 @@ def test_caches_know_their_settings(tmp_path, monkeypatch):
     for lr, want in ((1, [False]), (1, [False, True]), (1, [False, True]), (2, [False, True, False])):
         results.train(args, {"a": ["--lr", lr, "--steps", 3]})
         assert calls == want
+
+
+def told(tmp_path, monkeypatch, items=4):
+    """results.py's arguments, with rerank.py's place taken by candidates made here: the first of an item is its own
+    human caption and picture, the others are its neighbours'; `clip` knows, the other scores do not."""
+    def fake(args, script, *argv, **options):
+        flag = dict(zip(argv, argv[1:]))
+        found, rows = data.read(ROOT / "miniature/data", flag["--split"])[:items], []
+        for i, item in enumerate(found):
+            for j in range(flag["-n"]):
+                other = found[(i + j) % items]
+                picture = flag["--out"] / f"{i}-{j}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(other.path, picture)
+                scores = dict.fromkeys(("clip", "dino", "pixel", "clipscore", "likelihood", "sbert", "cider"), 0.0)
+                rows.append({"item": item.name, "candidate": j, "caption": other.captions[0], "picture": picture.name,
+                             "scores": scores | {"clip": -float(j), "dino": float(j % items)}})
+        (flag["--out"] / "candidates.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.setattr(results, "run", fake)
+    monkeypatch.setattr(results, "world_set", lambda args: ROOT / "miniature/data")
+    return results.flags(["samplers", "pictures", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
+
+
+def test_samplers(tmp_path, monkeypatch):
+    results.samplers(told(tmp_path, monkeypatch))
+    found = json.loads((tmp_path / "out/samplers.json").read_text())
+    assert list(found["ways"]) == ["top-p", "top-k", "temperature", "typical"]
+    assert list(found["N"]) == ["2", "5", "10", "20"]
+    for r in (*found["ways"].values(), *found["N"].values()):                    # its own caption is the oracle
+        assert r["clip"]["chosen"] == r["clip"]["oracle"] > r["dino"]["chosen"] and r["clip"]["items"] == 12
+    assert report.text_samplers(found)[2].count("\n") == 5
+
+
+def test_pictures(tmp_path, monkeypatch):
+    results.pictures(told(tmp_path, monkeypatch))
+    found = json.loads((tmp_path / "out/pictures.json").read_text())
+    for quality in ("CLIP", "DINO"):
+        r = found["II"][quality]["clip"]["all"]
+        assert r["chosen"] == pytest.approx(1) == r["oracle"] and found["II"][quality]["dino"]["all"]["chosen"] < .95
+    assert found["II"]["facts"]["clip"]["all"]["chosen"] > .95                    # the reader reads the true pictures
+    assert found["sets"]["clip"]["FD-DINO"] == pytest.approx(0, abs=1e-6) and 1 < found["sets"]["clip"]["IS"] < 48
+    assert any("FD-DINO" in line for line in report.text_pictures(found))
 
 
 def test_kept_numbers_are_plain(tmp_path):
