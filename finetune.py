@@ -57,14 +57,15 @@ def flags(argv=None):
     p.add_argument("--tmax", type=int, help="tr only where the timestep is below this; default all, as in the paper")
     p.add_argument("--thin", type=int, default=1, help="tr on one sample of K, weighted K: unbiased and cheaper")
     p.add_argument("--decoder", default="exact", help="of tr: exact, tiny (TAESD), or an AutoencoderTiny's place")
-    p.add_argument("--cache", type=Path, help="folder that keeps the latents' mean and std: encodes each image once")
+    p.add_argument("--cache", type=Path, help="folder that keeps the latents of --data: encodes each image once")
     p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: half the memory, +12 %%")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed, step and sample")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="of the frozen weights: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--probe", type=int, default=100, help="steps between gradient norms of each loss; 0 = never")
-    p.add_argument("--held", type=int, default=64, help="val samples whose losses are taken with each checkpoint")
+    p.add_argument("--held", type=int, default=64, help="val samples, with human captions, whose losses are taken with "
+                   "each checkpoint")
     p.add_argument("--out", type=Path, default=Path("out/finetune"), help="folder for what comes out")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     p.add_argument("--export", type=Path, metavar="DIR", help="no training: write --out's models as stock directories")
@@ -92,7 +93,7 @@ def complete(p, args):
     if args.own and "ir" not in args.losses:
         p.error("--own gives pictures to ir, which is not among --losses")
     if args.own and not os.path.isdir(args.own) and args.own not in SPLITS:
-        p.error(f"--own {args.own}: no such folder, and no split of --data ({', '.join(SPLITS)})")
+        raise ValueError(f"--own {args.own}: no such folder, and no split of --data ({', '.join(SPLITS)})")
     if args.data is None:
         p.error(f"--captioner {args.captioner} needs --data: the folder with dataset_coco.json and its pictures")
     if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1 or not args.temperature > 0:
@@ -352,7 +353,7 @@ def main(args):
         samples.beside = f"; own words of {own.name}"
     for x in (samples, own):
         if x and x.count < args.batch:
-            raise ValueError(f"{x.name}: less than one --batch of {args.batch}")
+            raise ValueError(f"{x.name}: less than one --batch of {args.batch}; say --batch {x.count}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
     generator = cycle.Generator.load(args.generator, device, dtype)
     if args.side:

@@ -407,9 +407,10 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
             "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
             "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
-ALONE = {"tg + ir": "tg", "ig + tr": "ig", "all four": ("tg", "ig"), "known pairs: tg + ir": "known pairs: tg",
-         "own words: tg + ir": "known pairs: tg", "own words: all four": ("known pairs: tg", "known pairs: ig"),
-         **{k: "own words: tg + ir" if k.startswith("own") else "ig + tr" for k in VARIANTS}}    # what each must beat
+# what each row must beat, (captions, drawings): the same described pictures without the other model
+ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four"), ("tg", "ig")), **dict.fromkeys(
+    ("known pairs: tg + ir", "own words: tg + ir", "own words: all four"), ("known pairs: tg", "known pairs: ig")),
+    **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS}}
 
 
 def begin():
@@ -615,15 +616,14 @@ def taught(args, rows, seeds):
             at = ((domain == d) | (d == "all")) & ~np.isnan(v[0])
             if not at.any():
                 continue
-            alone = ALONE.get(name, "none")
-            alone = alone if isinstance(alone, str) else alone[k in ("ig", "pairs")]
+            alone = ALONE.get(name, ("none", "none"))[k in ("ig", "pairs")]
             out[name][d][k] = mean_of(v[:, at].mean(0), metrics) | {"seeds": v[:, at].mean(1)}
             for key, other in (("minus none", "none"), ("minus alone", alone)):
                 if other in each and not np.isnan(each[other][k][:, at]).any():
                     out[name][d][f"{k} {key}"] = mean_of(v[:, at].mean(0) - each[other][k][:, at].mean(0), metrics)
     return {"steps": steps, "seeds": seeds, "chosen": chosen, "generator_lr": drawer, "val": tried, "rows": out,
             "alone": {k: v for k, v in ALONE.items()
-                      if k in rows and set([v] if isinstance(v, str) else v) <= set(rows)}}, found
+                      if k in rows and set(v) <= set(rows)}}, found
 
 
 def before_and_after(args, found, most=6):

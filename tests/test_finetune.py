@@ -230,7 +230,7 @@ def test_temperature_is_of_the_bridge_alone(whole, tmp_path, captioner, generato
 def test_weights_follow_their_losses():
     args = finetune.flags(["--losses", "ir", "tg", "--weights", "10", "1"])
     assert dict(zip(args.losses, args.weights)) == {"tg": 1, "ir": 10} and args.losses == ["tg", "ir"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--own photoz: no such folder"):
         finetune.flags(["--own", "photoz"])
 
 
