@@ -144,15 +144,15 @@ def text_joint(found):
 
 
 def text_variants(found):
-    return [f"As above, {found['seeds']} seeds; each row beside the one it varies (" + against(found) + ").", "",
-            *captioner_tables(found), *generator_table(found)]
+    return [f"As above, with {found['seeds']} seed{'s' * (found['seeds'] > 1)}; each row is beside the one it varies ("
+            + against(found) + ").", "", *captioner_tables(found, "varied"), *generator_table(found, "varied")]
 
 
 def against(found):
     return "; ".join(f"{k}: {' / '.join(dict.fromkeys(v))}" for k, v in found["alone"].items())
 
 
-def captioner_tables(found):
+def captioner_tables(found, beside="alone"):
     rows, alone = found["rows"], found["alone"]
     here = {k: r for k, r in rows.items() if k not in ("ig", "known pairs: ig")}      # these train the generator alone
     table = [[name, plain(r["all"]["CIDEr"]), " / ".join(f"{x:.1f}" for x in r["all"]["CIDEr"]["seeds"]),
@@ -161,8 +161,8 @@ def captioner_tables(found):
                 (("CIDEr", 1), ("facts", 3))),
               *(with_interval(r["all"][f"{k} minus alone"], n) if name in alone else "" for k, n in
                 (("CIDEr", 1), ("facts", 3))), PAPER["captions"].get(name, "")] for name, r in here.items()]
-    head = ["trained", "CIDEr, 3 beams", "by seed", "true facts", "CIDEr - none", "facts - none", "CIDEr - alone",
-            "facts - alone", "the paper's CIDEr"]
+    head = ["trained", "CIDEr, 3 beams", "by seed", "true facts", "CIDEr - none", "facts - none",
+            f"CIDEr - {beside}", f"facts - {beside}", "the paper's CIDEr"]
     domains = [[name, *(with_interval(r[d][f"{k} minus none"], n) for k, n in (("CIDEr", 1), ("facts", 3))
                         for d in DOMAINS)] for name, r in here.items() if name != "none"]
     return ["**What it does to the captioner**", "", markdown(head, table), "",
@@ -170,17 +170,17 @@ def captioner_tables(found):
             markdown(["trained", *(f"{k}, {d}" for k in ("CIDEr", "facts") for d in DOMAINS)], domains), ""]
 
 
-def generator_table(found):
+def generator_table(found, beside="alone"):
     rows = found["rows"]
-    beside = {k for k, r in rows.items() if k in found["alone"] and "pairs minus alone" in r["all"]}
+    both = {k for k, r in rows.items() if k in found["alone"] and "pairs minus alone" in r["all"]}
     table = [[name, with_interval(r["all"]["pairs"], 3, False), with_interval(r["all"]["ig"], 4, False),
               *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
                 (("pairs", 3), ("ig", 4))),
-              with_interval(r["all"]["pairs minus alone"], 3) if name in beside else "",
+              with_interval(r["all"]["pairs minus alone"], 3) if name in both else "",
               PAPER["drawings"].get(name, "")] for name, r in rows.items() if "pairs" in r["all"]]
     return ["**What it does to the generator**", "",
             markdown(["trained", "drawings right", "denoising loss", "drawings - none", "loss - none",
-                      "drawings - alone", "the paper's CLIP distance"], table), "",
+                      f"drawings - {beside}", "the paper's CLIP distance"], table), "",
             f"{rows['none']['all']['pairs']['n']} scenes, drawn in 8 steps of DPM-Solver++; right: every "
             "colour-shape pair, by the independent reader. Most of the wrong ones are the few steps' doing: in 50 "
             "steps far more are right (README, the miniature).", ""]

@@ -1,7 +1,7 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
-    make results                  # everything: about three hours on two cores
-    make results QUICK=1          # the same with fewer items and steps: under 15 minutes, into results/quick
+    make results                  # everything: some three hours on two AVX-512 cores, eight on two AVX2 ones (estimates)
+    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: a quarter of an hour
     python results.py scorers     # one part
     python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
