@@ -95,8 +95,9 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
 @dataclass
 class Denoised:
     """What the generator's denoising loss says of n candidates: score (n,) float64, higher = better; error (n,), the
-    standard error of each score; gap (n,), that of its difference to the best; evaluations of the UNet; and what all
-    this comes from, loss (draws, n) float64 (nan after a candidate dropped out) at timesteps (draws,)."""
+    standard error of each score; gap (n,), that of its difference to the best, both nan where there was one draw;
+    evaluations of the UNet; and what all this comes from, loss (draws, n) float64 (nan after a candidate dropped out)
+    at timesteps (draws,)."""
     score: torch.Tensor
     error: torch.Tensor
     gap: torch.Tensor
@@ -113,9 +114,10 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
     loss is the one the model was trained with, unweighted (weights by the signal-to-noise ratio lost on the
     miniature's val). empty: subtract the loss under the empty caption, so that scores of different images compare;
     default where there are several images.
-    budget: UNet evaluations at most, spent by successive halving among the captions of one image: each round the worse
-    half drops out; who dropped out is ranked by its difference to the winner on the draws they share. Equal captions
-    of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for other counts.
+    budget: UNet evaluations, spent by successive halving among the captions of one image: each round, of at least one
+    draw, the worse half drops out; who dropped out is ranked by its difference to the winner on the draws they share.
+    Equal captions of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for
+    other counts.
     """
     n = max(len(images), len(captions))
     if not {len(images), len(captions)} <= {1, n}:
@@ -150,7 +152,7 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
     apart = loss - loss[:, [best]]
     count = (~apart.isnan()).sum(0)
     value = loss[:, best].mean() + apart.nanmean(0)
-    error, gap = (((x - x.nanmean(0)).square().nansum(0) / (count - 1).clamp(min=1) / count).sqrt()[place].cpu()
+    error, gap = (((x - x.nanmean(0)).square().nansum(0) / (count - 1) / count).sqrt()[place].cpu()
                   for x in (loss, apart))
     return Denoised(-value[place].cpu(), error, gap, spent, loss[:, place].cpu(), torch.cat(times).cpu())
 

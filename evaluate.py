@@ -311,7 +311,7 @@ def label_free(args, data, cycle, metrics):
             names, images, captions = zip(*ready)
             cut += sum(generator.too_long(captions))
             found = cycle.score(generator, images, captions, args.draws, seed=args.seed, batch=args.batch, empty=True)
-            rows += [{"item": n, "caption": c, "score": s, "error": e}
+            rows += [{"item": n, "caption": c, "score": s, "error": e if math.isfinite(e) else None}
                      for n, c, s, e in zip(names, captions, found.score.tolist(), found.error.tolist())]
     if not rows:
         raise ValueError(f"none of the {len(items)} pictures can be read")
@@ -412,7 +412,7 @@ def report(results):
         lines.append(table("pictures", results["images"], PICTURES))
     if "label_free" in results:
         r = results["label_free"]
-        lines += [f"{x['score']:+.4f} +- {x['error']:.4f}  {x['item']}: {x['caption']}" for x in r["items"]]
+        lines += [f"{x['score']:+.4f} +- {x['error'] or math.nan:.4f}  {x['item']}: {x['caption']}" for x in r["items"]]
         lines.append(f"mean of {r['n']} images, {r['draws']} draws each ({r['score']}): {r['mean']:+.4f} "
                      f"[{r['low']:+.4f}, {r['high']:+.4f}]")
     for name, rows in results.get("findings", {}).items():

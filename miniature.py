@@ -508,7 +508,8 @@ BARS = {"captioner facts, in": .90, "captioner facts, in - out": .05, "generator
 
 def check(args):
     """Measures the models in args.out on scenes nothing was trained on, and prints each figure with its 95 % interval
-    beside the bar it has to clear. A scene's pairs are right if all are. Returns how many bars were missed."""
+    beside the bar it has to clear (and into args.work / check.json). A scene's pairs are right if all are. Returns how
+    many bars were missed."""
     import torch
     from tqdm import tqdm
 
@@ -549,6 +550,8 @@ def check(args):
     for name, (mean, low, high, n) in figures.items():
         bar = f"   bar {BARS[name]}{'  MISSED' if name in missed else ''}" if name in BARS else ""
         print(f"{name:30s} {mean:6.3f} [{low:.3f}, {high:.3f}] n={n}{bar}")
+    (args.work / "check.json").write_text(json.dumps({k: {"value": v[0], "low": v[1], "high": v[2], "n": v[3],
+                                                          "bar": BARS.get(k)} for k, v in figures.items()}))
     return len(missed)
 
 

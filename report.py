@@ -15,16 +15,15 @@ HERE = Path(__file__).resolve().parent
 DOMAINS = ("in", "near", "out")
 # The paper's own numbers, in columns of their own: NoCaps; captions by BLIP ViT-B, pictures by Stable Diffusion v1-4
 PAPER = {"findings": {"clip": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)"},
-         "pictures": {"a random one": "Table 2: FID 32.37, IS 41.19", "clip": "Table 2: FID 29.59, IS 45.64"},
+         "sets": {"a random one": "Table 2: FID 32.37, IS 41.19", "clip": "Table 2: FID 29.59, IS 45.64"},
          "captions": {"none": "Table 3: 109.7 (in 111.8, near 108.6, out 111.5)", "tg": "Table 5, w/o IR: 109.7",
                       "all four": "Table 3: 111.8 (in 114.9, near 110.8, out 112.9)"},
          "drawings": {"none": "Table 4: .4039", "ig": "Table 4: .4077", "all four": "Table 4: .3978"}}
 NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
          "few": "few steps (8), CLIP", "again": "full cycle, CLIP, another seed",
          "clipscore": "*no cycle:* CLIP(picture, caption)",
-         "likelihood": "*no cycle:* log-likelihood", "halved 60": "denoise, `--budget 60`",
-         "min(snr, 5), halved 60": "denoise, `--budget 60`, weights min(SNR, 5)",
-         "upper 12": "denoise, 12 noises, t > 300"}
+         "likelihood": "*no cycle:* log-likelihood", "denoise": "denoise, 12 noises (default)",
+         "halved 60": "denoise, `--budget 60`", "upper 12": "denoise, 12 noises, t > 300"}
 
 
 def flags(argv=None):
@@ -52,25 +51,39 @@ def markdown(head, rows):
 
 
 def text_scorers(found):
-    """The table of scorers: which to use where every picture costs."""
-    first, rows = found["scorers"]["clip"]["all"], []
-    for key, r in found["scorers"].items():
-        c = r["all"]
-        kept = "" if key == "clip" else f"{c['kept']:.2f} [{c['kept_interval'][0]:.2f}, {c['kept_interval'][1]:.2f}]"
-        price = "-" if r["evaluations"] is None else f"{r['evaluations']:,.0f}"
-        time = found.get("seconds", {}).get(key)
-        rows.append([name_of(key), price, "" if time is None else f"{time:.2f}", f"{c['chosen']:.1f}",
-                     with_interval(c), " / ".join(f"{r[d]['gain']:+.1f}" for d in DOMAINS), kept,
-                     f"{r['same']['value']:.2f}", f"{r['tau']:+.2f}", with_interval(c["over_beam"]),
-                     " / ".join(f"{r[d]['over_beam']['value']:+.1f}" for d in DOMAINS)])
-    lines = [markdown(["chosen by", "UNet evaluations", "s", "CIDEr", "gain [95 %]", "in / near / out",
-                       "of the full gain", "same first choice", "tau", "minus beam search", "in / near / out"], rows),
-             "",
+    """The tables of scorers: which to use where every picture costs."""
+    first, time, equal = found["scorers"]["clip"]["all"], found["seconds"], found["denoise 16 minus few"]
+
+    def row(key, r, domain):
+        c = r[domain]
+        return [with_interval(c), "" if key == "clip" else with_interval({"value": c["kept"], "interval": c[
+            "kept_interval"]}, 2, False), with_interval(c["same"], 2, False), with_interval(c["tau"], 2),
+            with_interval(c["over_beam"])]
+
+    def table(wanted):
+        return markdown(["chosen by", "pictures", "UNet evaluations", "s", *head, *(f"{k}, in / near / out" for k in (
+            "gain", "minus beam search"))], [[
+                name_of(k), f"{r['items']:,}", "-" if r["evaluations"] is None else f"{r['evaluations']:,.0f}",
+                f"{time[k]:.2f}" if k in time else "", *row(k, r, "all"),
+                " / ".join(f"{r[d]['gain']:+.1f}" for d in DOMAINS),
+                " / ".join(f"{r[d]['over_beam']['value']:+.1f}" for d in DOMAINS)]
+            for k, r in found["scorers"].items() if k.startswith("min(") != wanted])
+    head = ["gain [95 %]", "of the full gain", "same first choice", "tau", "minus beam search"]
+    lines = [table(True), "",
              f"Ten samples (top-p .9) of {first['items']:,} held-out pictures: CIDEr x 100 of a random one "
              f"{first['mean']:.1f}, of the best {first['oracle']:.1f}; beam search (3) "
-             f"{found['beam']['all']['value']:.1f}. Agreement is with the full cycle by CLIP; `another seed` is its "
-             f"ceiling, on {found['scorers']['again']['items']} pictures. Equal captions are scored once. s: "
-             f"seconds a picture in float32, of {found.get('seconds', {}).get('items')} pictures one after the other."]
+             f"{found['beam']['all']['value']:.1f}. Rows of fewer pictures have the first of each domain, and the full "
+             "gain of the same. Agreement is with the full cycle by CLIP; `another seed` is its ceiling. Equal "
+             f"captions are scored once. s: seconds a picture in float32 on {time['threads']} cores, of "
+             f"{time['items']} pictures one after the other.", "",
+             "At equal cost, the choice by denoising (16 noises) minus that by drawing in 8 steps: "
+             + ", ".join(f"{with_interval(x)} {d}" for d, x in equal.items()) + f" ({equal['all']['n']:,} pictures).",
+             "", "The same losses weighted by the signal-to-noise ratio, as val did not choose them:", "", table(False)]
+    for d in DOMAINS:
+        lines += ["", f"**{d}**: a random caption {found['scorers']['clip'][d]['mean']:.1f}, beam search "
+                  f"{with_interval(found['beam'][d], sign=False)}", "", markdown(
+                      ["chosen by", *head], [[name_of(k), *row(k, r, d)] for k, r in found["scorers"].items()
+                                          if not k.startswith("min(")])]
     both = [[name_of(k), with_interval(r["all"]["with_beams"], sign=False),
              with_interval(r["all"]["with_beams_over_beam"])]
             for k, r in found["scorers"].items() if "with_beams" in r["all"]]
@@ -79,6 +92,21 @@ def text_scorers(found):
     lines += ["", "Subtracting the loss under the empty caption changes no order among the captions of one picture, by "
               "construction; for pictures of one text it does (Finding II above)."]
     return lines
+
+
+def text_check(found):
+    figures, rows = found["figures"], []
+    for name, said in (("captioner facts", "stated facts of a 3-beam caption that are true"),
+                       ("generator pairs", "drawings with every colour-shape pair right, by an independent reader"),
+                       ("vae pairs", "the VAE's reconstructions, likewise"),
+                       ("real pairs", "the world's own pictures, likewise (the reader's ceiling)"),
+                       ("captions distinct of 10", "different captions among ten samples")):
+        bars = [f"{k.removeprefix(name).strip(', ') or 'all'} >= {x['bar']:g}: "
+                + ("met" if x["value"] >= x["bar"] else "missed")
+                for k, x in figures.items() if k.startswith(name) and x["bar"] is not None]
+        rows.append([said, figures[f"{name}, in"]["n"],
+                     *(with_interval(figures[f"{name}, {d}"], 3, False) for d in DOMAINS), "; ".join(bars)])
+    return [markdown(["on scenes nothing was trained on", "n", *DOMAINS, "bars"], rows)]
 
 
 def text_scores(found):
@@ -100,7 +128,7 @@ def text_val(found):
     return [f"The gain of choosing one of ten captions of {found['items']} val scenes (mean CIDEr {found['mean']:.1f}) "
             "by 12 draws over the whole schedule, or by those of them that lie in a part of it. Weights multiply the "
             "velocity loss, the miniature's own.", "", markdown(["timesteps", "weight", "draws", "gain [95 %]",
-                                            "minus even weights over 0 to 1"], rows)]
+                                            "minus as many draws over 0 to 1, even"], rows)]
 
 
 def text_words(found):
@@ -186,25 +214,34 @@ def generator_table(found, beside="alone"):
             "steps far more are right (README, the miniature).", ""]
 
 
-def text_findings(found):
+def text_findings(found, finding="Finding I: image -> text -> image"):
     lines = []
-    for which, title in (("I", "Finding I: image -> text -> image"), ("II", "Finding II: text -> image -> text")):
-        for quality, scores in found[which].items():
-            lines += [f"**{title}, {quality}** ({count(scores):,} items)", "",
-                      choice_table(scores, quality, PAPER["findings"] if quality == "CIDEr" else {}), ""]
-            if which == "I" and quality in found.get("beam", {}):
-                beam, digits = found["beam"][quality], 1 if quality == "CIDEr" else 3
-                lines += ["Beam search (3), without a choice: " + ", ".join(
-                    f"{with_interval(v, digits, False)} {d}" for d, v in beam.items()) + ".", ""]
+    for quality, scores in found["table"].items():
+        paper, digits = (PAPER["findings"] if quality == "CIDEr" else {}), 1 if quality == "CIDEr" else 3
+        lines += [f"**{finding}, {quality}** ({count(scores):,} items)", "", choice_table(scores, digits, paper), ""]
+        if "beam" in found:
+            lines += ["Beam search (3), without a choice: " + ", ".join(
+                f"{with_interval(v, digits, False)} {d}" for d, v in found["beam"][quality].items()) + ".", ""]
     return lines
+
+
+def text_texts(found):
+    lines = text_findings(found, "Finding II: text -> image -> text")
+    if "sets" not in found:                                                                  # measured before they were
+        return lines
+    rows = [[name_of(k), f"{v['FD-DINO']:.3f}", f"{v['IS']:.2f}", PAPER["sets"].get(k, "")]
+            for k, v in found["sets"].items()]
+    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and "
+            "the Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
+            markdown(["ranked by", "FD-DINO", "IS", "the paper's (Inception)"], rows)]
 
 
 def count(scores):
     return next(iter(scores.values()))["all"]["items"]
 
 
-def choice_table(scores, quality, paper=()):
-    rows, digits = [], 1 if quality == "CIDEr" else 3
+def choice_table(scores, digits=3, paper=()):
+    rows = []
     for key, r in scores.items():
         c = r["all"]
         rows.append([name_of(key), f"{c['mean']:.{digits}f}", f"{c['chosen']:.{digits}f}", f"{c['oracle']:.{digits}f}",
@@ -215,25 +252,19 @@ def choice_table(scores, quality, paper=()):
 
 
 def text_pictures(found):
-    rows = [[name_of(k), f"{v['FD-DINO']:.3f}", f"{v['IS']:.2f}", PAPER["pictures"].get(k, "")]
-            for k, v in found["sets"].items()]
-    n = count(found["II"]["CLIP"])
-    lines = [f"Ten drawings of each of {n:,} texts in 8 steps of DPM-Solver++.", ""]
-    for quality, scores in found["II"].items():
-        lines += [f"**Finding II, {quality}** ({n:,} items)", "", choice_table(scores, quality), ""]
-    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and "
-            "the Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
-            markdown(["ranked by", "FD-DINO", "IS", "the paper's (Inception)"], rows)]
+    return ["Ten drawings of each text in 8 steps of DPM-Solver++.", "", *text_texts(found)]
 
 
 def text_samplers(found):
     def row(name, r):
         return [name, f"{r['clip']['mean']:.1f}", f"{r['clip']['oracle']:.1f}",
-                *(with_interval(r[k]) for k in ("clip", "dino", "pixel", "clipscore", "likelihood"))]
-    head = ["mean", "oracle", "CLIP", "DINO", "pixels", "*no cycle:* CLIP(picture, caption)", "*no cycle:* likelihood"]
+                *(with_interval(r[k]) for k in ("clip", "dino", "pixel", "denoise", "clipscore", "likelihood"))]
+    head = ["mean", "oracle", "CLIP", "DINO", "pixels", "denoise", "*no cycle:* CLIP(picture, caption)",
+            "*no cycle:* likelihood"]
     ways = [row(f"{k} ({r['different']:.1f} different of ten)", r) for k, r in found["ways"].items()]
     items = found["ways"]["top-p"]["clip"]["items"]
-    return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {items} pictures.", "",
+    return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {items} pictures, where beam search (3) has "
+            f"{plain(found['beam'])}.", "",
             markdown(["ten captions by", *head], ways), "",
             markdown(["N (top-p)", *head], [row(k, r) for k, r in found["N"].items()])]
 
@@ -248,8 +279,10 @@ def text_cost(found):
             "says \"approximately 1.4 times the original cost\" (Section 5), and not what is counted."]
 
 
-SECTIONS = {"scores": "What the miniature says and draws", "findings": "Do they understand each other?",
-            "pictures": "Which picture, in few steps?", "samplers": "Does it hang on how captions are sampled?",
+SECTIONS = {"check": "Is the miniature good enough to mean something?", "scores": "What the miniature says and draws",
+            "findings": "Do they understand each other? Captions",
+            "texts": "Do they understand each other? Pictures", "pictures": "Which picture, in few steps?",
+            "samplers": "Does it hang on how captions are sampled?",
             "scorers": "Which caption, at what price?", "val": "Which timesteps?", "words": "Which word is wrong?",
             "signal": "What is there to learn from?", "joint": "Can they teach each other?",
             "variants": "What does the teaching hang on?", "cost": "What does a joint step cost?"}
@@ -268,8 +301,6 @@ def write(folder):
                 x for file, (section, f) in FIGURES.items()
                 if section == name and (file != "taught" or found.get("shown")) for x in (
                     f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
-            if name == "findings" and (folder / "scorers.json").exists():
-                found = {"beam": {"CIDEr": json.loads((folder / "scorers.json").read_text())["beam"]}} | found
             parts[name] = globals()[f"text_{name}"](found)
             command = f"python results.py {name}{' --quick' * about['quick']}"
             command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
@@ -291,13 +322,13 @@ def readme(text, parts):
 def figure_scorers(found, plt):
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True, layout="constrained")
     for axis, domain in zip(axes, DOMAINS):
-        for start, label in (("denoise ", "denoise"), ("min(snr, 5) ", "denoise, weights min(SNR, 5)")):
+        for start, label in (("denoise ", "denoise, 1 to 64 noises"), ("min(", "the same, weights min(SNR, 5)")):
             family = [r for k, r in found["scorers"].items() if k.startswith(start)]
             x, y = [r["evaluations"] for r in family], [r[domain]["gain"] for r in family]
             low, high = zip(*(r[domain]["interval"] for r in family))
             axis.fill_between(x, low, high, alpha=.2)
             axis.errorbar(x, y, [np.subtract(y, low), np.subtract(high, y)], marker="o", ms=3, label=label)
-        for k in ("clip", "dino", "few"):
+        for k in ("clip", "dino", "few", "denoise"):
             r = found["scorers"][k]
             axis.errorbar(r["evaluations"], r[domain]["gain"], [[r[domain]["gain"] - r[domain]["interval"][0]],
                           [r[domain]["interval"][1] - r[domain]["gain"]]], marker="s", ms=4, label=name_of(k))
@@ -305,29 +336,24 @@ def figure_scorers(found, plt):
         axis.axhline(base, color="grey", ls=":", label="beam search")
         axis.axhline(found["scorers"]["clipscore"][domain]["gain"], color="tan", ls="--",
                      label="CLIP(picture, caption)")
-        axis.set(title=f"{domain}, n = {found['beam'][domain]['n']}", xscale="log", xlabel="UNet evaluations a picture")
+        axis.set(title=f"{domain}, n = {found['beam'][domain]['n']} (lines: {family[0][domain]['items']})",
+                 xscale="log", xlabel="UNet evaluations a picture")
     axes[0].set_ylabel("CIDEr gained by the choice")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
     return figure
 
 
-def figure_findings(found, plt):
-    panels = [(w, q) for w in ("I", "II") for q in found[w]]
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.4))
-    keys = list(dict.fromkeys(k for w, q in panels for k in found[w][q]))
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    for axis, (which, quality) in zip(axes.flat, panels):
-        for key, r in found[which][quality].items():
-            if "by_rank" not in r["all"]:
-                continue
+def figure_choice(found, plt):
+    """Quality of the candidates by their rank under each score"""
+    table = found["table"]
+    figure, axes = plt.subplots(1, len(table), figsize=(4 * len(table), 3.6), layout="constrained")
+    for axis, (quality, scores) in zip(axes, table.items()):
+        for key, r in scores.items():
             axis.plot(range(1, 1 + len(r["all"]["by_rank"])), r["all"]["by_rank"], marker="o", ms=3,
-                      label=name_of(key).replace("*", ""), color=f"C{keys.index(key)}")
+                      label=name_of(key).replace("*", ""))
         axis.axhline(r["all"]["mean"], color="grey", ls=":", lw=1)
-        axis.set(title=f"{which}: {quality}", xlabel="rank")
-    axes.flat[0].legend(fontsize=6)
-    if len(panels) < axes.size:
-        axes.flat[-1].legend(*axes.flat[len(found["I"])].get_legend_handles_labels(), fontsize=7, loc="center")
+        axis.set(title=quality, xlabel="rank")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -372,7 +398,8 @@ def figure_taught(found, plt):
 
 
 # {file: (section, drawing)}
-FIGURES = {"scorers": ("scorers", figure_scorers), "findings": ("findings", figure_findings),
+FIGURES = {"scorers": ("scorers", figure_scorers), "findings": ("findings", figure_choice),
+           "texts": ("texts", figure_choice), "pictures": ("pictures", figure_choice),
            "joint": ("joint", figure_joint), "taught": ("joint", figure_taught)}
 
 

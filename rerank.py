@@ -40,14 +40,16 @@ def flags(argv=None):
                    "DPM-Solver++; denoise: draw only the winner. Default denoise of pictures, full of sentences")
     p.add_argument("--decoder", help="of --scorer few: tiny (TAESD), or an AutoencoderTiny's place; default exact")
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
-    p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, spent by halving")
+    p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, by halving; a noise "
+                   "a round at least")
     p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
     p.add_argument("--words", action="store_true", help="what each word of the chosen caption adds (denoising loss)")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: captions for TRL's DPO (JSON "
                    "lines), or pictures for Diffusion-DPO (parquet)")
     p.add_argument("--margin", type=float, default=0.0, help="in --pairs, scores at most this far apart are ties")
     p.add_argument("--way", default="top-p", help="how captions are sampled: top-p, top-k, temperature, typical, beam")
-    p.add_argument("--steps", type=int, help="denoising steps a picture; default 50, or 8 of --scorer few")
+    p.add_argument("--steps", type=int, help="denoising steps a picture; default 50, or 8 of --scorer few; 0 of "
+                   "--scorer denoise: its winner is not drawn")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*", help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
     p.add_argument("--by", help="the likeness that ranks; default the first of --likeness that is available")
@@ -65,8 +67,9 @@ def flags(argv=None):
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
     args.steps = args.steps or (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
-    if min(args.n, args.steps, args.batch, args.draws) < 1 or args.agree < 0 or not args.margin >= 0:
-        p.error("--n, --steps, --batch and --draws are at least 1, --agree and --margin at least 0")
+    if min(args.n, args.batch, args.draws, args.budget or 1) < 1 or min(args.steps, args.agree) < 0 or (
+            args.budget == 0 or not args.margin >= 0):
+        p.error("--n, --batch, --draws and --budget are at least 1, --steps, --agree and --margin at least 0")
     return args
 
 
@@ -251,17 +254,18 @@ def rows_of(item, b, talk, args, direction, scores, cut):
     stem += "-" + hashlib.sha1(item.name.encode()).hexdigest()[:8]
     rows, only = [], None
     if args.scorer == "denoise" and direction == IMAGE:                       # only the winner is drawn
-        only = int(scores["denoise"][b].argmax())
+        only = int(scores["denoise"][b].argmax()) if args.steps else -1
     for j in range(args.n):
         picture = f"pictures/{stem}-{j}.png" if only in (None, j) else None
         if picture:
             data.save_image(talk.images[b, j], args.out / picture)
         values = {name: float(score[b][j]) for name, score in scores.items()}
-        error = {"error": round(values.pop("denoise error"), 6)} if "denoise error" in values else {}
+        values = {name: None if math.isnan(v) else round(v, 6) for name, v in values.items()}
+        error = {k: values.pop(f"denoise {k}") for k in ("error", "gap") if f"denoise {k}" in values}
         rows.append({"item": item.name, "direction": direction, "candidate": j,
                      "input": str(item.path or item.captions[0]), "caption": talk.captions[b][j], "picture": picture,
-                     "seed": args.seed, "likelihood": round(float(talk.likelihood[b, j]), 4), **error, "cut": cut[j],
-                     "scores": {k: None if math.isnan(v) else round(v, 6) for k, v in values.items()}})
+                     "seed": args.seed, "likelihood": values["likelihood"], **error, "cut": cut[j],
+                     "scores": values})
     return rows
 
 
@@ -281,7 +285,9 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
             found = [cycle.score(generator, v[None], c, args.draws, args.budget, args.seed, k, batch=args.batch)
                      for v, c, k in zip(values, captions, names)]
             best = [c[int(f.score.argmax())] for c, f in zip(captions, found)]
-            pictures = generator.draw(best, names, args.seed, **draw)[:, None].expand(-1, args.n, -1, -1, -1)
+            pictures = [None] * len(best)
+            if args.steps:
+                pictures = generator.draw(best, names, args.seed, **draw)[:, None].expand(-1, args.n, -1, -1, -1)
         else:
             pictures = generator.draw([v for v in values for _ in range(args.n)], seed=args.seed,
                                       items=[(k, j) for k in names for j in range(args.n)], **draw)
@@ -289,14 +295,15 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
             found = [cycle.score(generator, p, [v], args.draws, args.budget, args.seed, k, batch=args.batch)
                      for v, p, k in zip(values, pictures, names)]
             captions, likelihood = [[v] * args.n for v in values], torch.full((len(values), args.n), torch.nan)
-        talk = cycle.Talk(captions, pictures, likelihood, {"denoise": torch.stack([f.score for f in found]),
-                                                           "denoise error": torch.stack([f.gap for f in found])})
+        talk = cycle.Talk(captions, pictures, likelihood, {
+            name: torch.stack([getattr(f, of) for f in found])
+            for name, of in (("denoise", "score"), ("denoise error", "error"), ("denoise gap", "gap"))})
     nan = torch.full((len(values), args.n), torch.nan, dtype=torch.float64)
     for again in (False, True):
         if not any(agree) or not again and args.scorer == "full" or direction == TEXT:
             continue
         some, seed = [i for i, a in enumerate(agree) if a], args.seed + again * 7919
-        steps, pipe = draw | {"steps": 50}, getattr(generator, "pipe", None)
+        steps, pipe = draw if args.scorer == "full" else draw | {"steps": 50}, getattr(generator, "pipe", None)
         if args.scorer == "few":                                        # the checkpoint's own for a while
             kept = pipe.scheduler, pipe.vae
             pipe.scheduler, pipe.vae = generator.scheduler, generator.vae
@@ -478,6 +485,8 @@ def main(args):
     direction, items = gather(args, data)
     if args.scorer is None:                                     # by RESULTS.md, "Which caption, at what price?"
         args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
+    if not args.steps and (direction == TEXT or args.scorer != "denoise"):
+        raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
     device = cycle.settle(args.device)[0]
 
     # judges: what is not to be had here costs one line, never the run
@@ -554,7 +563,8 @@ def main(args):
     for item, _, words, rows in shown[:20]:
         print(f"\n{item if direction == IMAGE else words}")
         for r in rows:
-            print(f"  {r['rank'][by] + 1:2d}  {by} {value(r, by):7.3f}  log p {r['likelihood']:7.2f}  {r['caption']}")
+            print(f"  {r['rank'][by] + 1:2d}  {by} {value(r, by):7.3f}  log p {value(r, 'likelihood'):7.2f}  "
+                  + r["caption"] + "".join(f"\n        {w:12s} {v:+.4f} +- {e:.4f}" for w, v, e in r.get("words", ())))
     print()
     for line in worth(groups, items, names, metrics) if direction == IMAGE else ():
         print(line)

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ HERE = Path(__file__).resolve().parent
 DOMAINS = ("in", "near", "out")
 DRAWS = (1, 2, 4, 8, 12, 16, 32, 64)
 SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
+SUMS = ("ranks: clip + denoise", "ranks: clipscore + denoise", "ranks: clip + clipscore + denoise")
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
 QUICK = ("val", "scorers", "words", "joint")                # the parts of --quick: the signs the text rests on
-FROZEN = ("val", "scorers", "words", "findings", "samplers", "pictures")          # those that --dtype is for
-PARTS = ("scores", "val", "scorers", "words", "signal", "joint", "variants", "findings", "samplers", "pictures", "cost")
+FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
+PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
+         "variants", "cost")
 
 
 def flags(argv=None):
@@ -51,6 +54,7 @@ def flags(argv=None):
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
     args.items, args.steps = (16, 15) if args.quick else (500, 50)
+    args.deep = 8 if args.quick else 100                         # items of a domain for few steps, 64 draws, --budget
     return args
 
 
@@ -130,15 +134,16 @@ def world_set(args):
 
 # ---------------------------------------------------------------- candidates
 def candidates(args):
-    """Three runs of rerank.py a domain: ten samples by the full cycle, three beams, ten samples in few steps."""
+    """Three runs of rerank.py a domain: ten samples by the full cycle and in few steps, three beams in few steps."""
     data = world_set(args)
     for domain in DOMAINS:
         common = ["--data", data, "--split", domain, "--dtype", args.dtype]
-        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", args.items // 5, "--steps", args.steps, *common,
-            "--out", args.work / f"full-{domain}")
-        run(args, "rerank.py", "-n", 3, "--scorer", "full", "--way", "beam", "--steps", args.steps, *common,
-            "--out", args.work / f"beam-{domain}")
-        run(args, "rerank.py", "-n", 10, "--scorer", "few", *common, "--out", args.work / f"few-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", max(3, args.items // 10), "--steps", args.steps,
+            *common, "--out", args.work / f"full-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", "few", "--limit", args.deep, *common, "--out",
+            args.work / f"few-{domain}")
+        run(args, "rerank.py", "-n", 3, "--scorer", "few", "--way", "beam", *common, "--out",
+            args.work / f"beam-{domain}")
 
 
 def start(dtype):
@@ -170,7 +175,8 @@ def measure_pictures(job):
     import data
     paths, item, text = job
     images = [data.open_image(p) for p in paths]
-    return [cycle.score(start.generator, images, [text], item=item, empty=e).score.tolist() for e in (False, True)]
+    own, none = (cycle.score(start.generator, images, [c], item=item, empty=False).score for c in (text, ""))
+    return own.tolist(), (own - none).tolist()
 
 
 def spread(args, f, jobs):
@@ -183,7 +189,7 @@ def spread(args, f, jobs):
 
 def denoised(args, name, jobs):
     """{item: (captions, timesteps (draws,), losses (draws, n))} of jobs [(path, item, captions, draws, span)]; a line
-    an item in work/NAME.jsonl, where what is done is not done again."""
+    an item in work/NAME.jsonl, where what is done by the same settings is not done again."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
@@ -193,13 +199,15 @@ def denoised(args, name, jobs):
         if line.endswith("}"):
             row = json.loads(line)
             done[row["item"]] = row
-    todo = [job for job in jobs if job[1] not in done]
+    setting = {job[1]: [list(job[2]), job[3], job[4] and list(job[4]), args.dtype] for job in jobs}
+    todo = [job for job in jobs if done.get(job[1], {}).get("setting") != setting[job[1]]]
     if todo:
         with open(path, "a", buffering=1) as f, ProcessPoolExecutor(
                 args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
             if f.tell():
                 f.write("\n")
             for row in tqdm(pool.map(measure, todo, chunksize=4), total=len(todo), desc=name):
+                row["setting"] = setting[row["item"]]
                 f.write(json.dumps(row) + "\n")
                 done[row["item"]] = row
     return {job[1]: (done[job[1]]["captions"], np.array(done[job[1]]["timesteps"]), np.array(done[job[1]]["loss"]))
@@ -213,9 +221,10 @@ def signal_to_noise():
     return alphas / (1 - alphas)
 
 
-def some(total, count):
-    """`count` of `total` stratified draws, spread evenly."""
-    return ((np.arange(count) + .5) * total / count).astype(int)
+def some(total, count, *key):
+    """`count` of `total` stratified draws: one of each of as many parts, by a chance that is a function of the key."""
+    dice = np.random.default_rng([zlib.crc32(str(k).encode()) for k in (*key, count)])
+    return np.array([dice.choice(part) for part in np.array_split(np.arange(total), count)])
 
 
 # ---------------------------------------------------------------- scoring without drawing
@@ -242,75 +251,85 @@ def val(args):
     df, snr = metrics.document_frequency([x.captions for x in items]), signal_to_noise()
     quality = np.stack([100 * metrics.cider(c, [x.captions] * 10, df) for x, c in zip(items, said)])
     rows = []
-    for span, (weight, f) in itertools.product(SPANS, WEIGHTS.items()):
-        score, used = [], []
+
+    def chosen(pick, f):
+        """Scores by the draws that pick(item, timesteps) tells, weighted by f(SNR), and the quality of the choice."""
+        score = []
         for x, c in zip(items, said):
             own, t, loss = found[x.name]
-            inside = (t >= span[0] * 1000) & (t < span[1] * 1000)
-            w = f(snr[t[inside]])
-            value = dict(zip(own, -(w[:, None] * loss[inside]).sum(0) / w.sum()))
+            at = pick(x.name, t)
+            w = f(snr[t[at]])
+            value = dict(zip(own, -(w[:, None] * loss[at]).sum(0) / w.sum()))
             score.append([value[k] for k in c])
-            used.append(inside.sum())
+        return score, np.take_along_axis(quality, np.argmax(score, 1)[:, None], 1)[:, 0]
+    for span, (weight, f) in itertools.product(SPANS, WEIGHTS.items()):
+        def inside(name, t, span=span):
+            return np.flatnonzero((t >= span[0] * 1000) & (t < span[1] * 1000))
+        score, own = chosen(inside, f)
+        draws = {k: len(inside(k, t)) for k, (_, t, _) in found.items()}
+        even = chosen(lambda k, t, n=draws: some(len(t), n[k], k), WEIGHTS["even"])[1]          # at the same cost
         best = metrics.choices(quality, score)
-        gain = np.take_along_axis(quality, np.argmax(score, 1)[:, None], 1)[:, 0]
         rows.append({"span": span, "weight": weight, "gain": best["gain"], "interval": best["interval"],
-                     "draws": np.mean(used), "chosen": gain})
-    default = next(r for r in rows if r["span"] == (0, 1) and r["weight"] == "even")
-    for r in rows:
-        r["minus even"] = mean_of(r["chosen"] - default["chosen"], metrics)
-    keep(args, "val", {"items": len(items), "mean": quality.mean(),
-                       "rows": [{k: v for k, v in r.items() if k != "chosen"} for r in rows]})
+                     "draws": np.mean(list(draws.values())), "minus even": mean_of(own - even, metrics)})
+    keep(args, "val", {"items": len(items), "mean": quality.mean(), "rows": rows})
 
 
 def gather(args, domain, metrics, world, data):
     """Everything known of a domain, of ten samples and then three beams an item: names, captions, scores (items, 13 or
-    10) by name, UNet evaluations by name, quality (items, 13) by name."""
+    10) by name, nan where an item has none, UNet evaluations by name, quality (items, 13) by name."""
     drawn, beam, few = (read(args, kind, domain) for kind in ("full", "beam", "few"))
     items = {x.name: x for x in data.read(world_set(args), domain)}
     names = list(drawn)
     pool = [drawn[k] + beam[k] for k in names]
     said = [[r["caption"] for r in rows] for rows in pool]
-    jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 64, (0, 1)) for k, c in zip(names, said)]
-    loss, halved = denoised(args, f"denoise-{domain}", jobs), denoised(
-        args, f"halved-{domain}", [(p, k, list(dict.fromkeys(c[:10])), 60, None) for (p, k, *_), c in zip(jobs, said)])
-    upper = denoised(args, f"upper-{domain}", [(p, k, c, 12, (.3, 1)) for p, k, c, *_ in jobs])
-    score, unique = {}, np.array([len(set(c[:10])) for c in said])
-    for name in ("clip", "dino", "pixel", "clipscore", "likelihood"):
+    few = {k: few[k] for k in names[:args.deep]}
+    if any(r["caption"] != s["caption"] for k, rows in few.items() for r, s in zip(drawn[k], rows, strict=True)):
+        raise ValueError(f"{args.work}: full-{domain} and few-{domain} hold other captions; remove them")
+    jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 12, (0, 1)) for k, c in zip(names, said)]
+    ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)][:args.deep]
+    own = denoised(args, f"denoise-{domain}", jobs)
+    loss = denoised(args, f"draws-{domain}", [(*job, 64, (0, 1)) for job in ten])
+    halved = denoised(args, f"halved-{domain}", [(*job, 60, None) for job in ten])
+    unique = np.array([len(set(c[:10])) for c in said])
+    score = {name: np.array([[r["scores"][name] for r in drawn[k]] for k in names])
+             for name in ("clip", "dino", "pixel")}
+    for name in ("clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
-    score["few"] = np.array([[r["scores"]["clip"] for r in few[k]] for k in names])
-    score["again"] = np.array([[r["scores"].get("clip again") or math.nan for r in drawn[k]] for k in names])
+    score["few"] = np.array([[r["scores"]["clip"] for r in few[k] + beam[k]] if k in few else [math.nan] * 13
+                             for k in names])
+    score["again"] = np.array([[r["scores"].get("clip again") for r in drawn[k]] for k in names], np.float64)
     full = unique * 2 * args.steps
-    cost = {"clip": full, "dino": full, "pixel": full, "few": unique * 16,
+    cost = {"clip": full, "dino": full, "pixel": full, "few": unique * 16, "denoise": unique * 12,
             "clipscore": 0 * unique, "likelihood": 0 * unique}
+    score["denoise"] = by_caption({k: (c, -x.mean(0)) for k, (c, _, x) in own.items()}, names, said)
     snr = signal_to_noise()
 
-    def without_drawing(found, draws, weight):
-        rows = []
-        for k, row in zip(names, said):
-            captions, t, values = found[k]
-            at = some(len(t), draws)
+    def without_drawing(draws, weight, low=0):
+        values = {}
+        for k, (captions, t, x) in loss.items():
+            at = np.flatnonzero(t >= low)
+            at = at[some(len(at), draws, k)]
             w = WEIGHTS[weight](snr[t[at]])
-            value = dict(zip(captions, -(w[:, None] * values[at]).sum(0) / w.sum()))
-            rows.append([value[c] for c in row])
-        return np.array(rows)
+            values[k] = captions, -(w[:, None] * x[at]).sum(0) / w.sum()
+        return by_caption(values, names, [c[:10] for c in said])
     for draws in DRAWS:
-        score[f"denoise {draws}"] = without_drawing(loss, draws, "even")
-        score[f"min(snr, 5) {draws}"] = without_drawing(loss, draws, "min(snr, 5)")
+        score[f"denoise {draws}"] = without_drawing(draws, "even")
+        score[f"min(snr, 5) {draws}"] = without_drawing(draws, "min(snr, 5)")
         cost[f"denoise {draws}"] = cost[f"min(snr, 5) {draws}"] = unique * draws
-    score["upper 12"], cost["upper 12"] = without_drawing(upper, 12, "even"), unique * 12
-    score["halved 60"] = np.array([[-halved[k][2][0][halved[k][0].index(c)] for c in row[:10]]
-                                   for k, row in zip(names, said)])
-    cost["halved 60"] = np.array([halved[k][1][0] for k in names])
-    for name, parts in {"ranks: clip + denoise 12": ("clip", "denoise 12"),
-                        "ranks: clipscore + denoise 12": ("clipscore", "denoise 12"),
-                        "ranks: clip + clipscore + denoise 12": ("clip", "clipscore", "denoise 12")}.items():
-        score[name] = -sum((score[k][:, :, None] < score[k][:, None, :]).sum(2) for k in parts)
-        cost[name] = sum(cost[k] for k in parts)
+    score["upper 12"], cost["upper 12"] = without_drawing(12, "even", 300), unique * 12
+    score["halved 60"] = by_caption({k: (c, -x[0]) for k, (c, _, x) in halved.items()}, names, [c[:10] for c in said])
+    cost["halved 60"] = np.array([halved[k][1][0] if k in halved else 0 for k in names])
     scenes = [scene_of(items[k].path, world) for k in names]
     quality = {"facts": np.array([[truth(c, s, world) for c in row] for row, s in zip(said, scenes)])}
     return {"names": names, "said": said, "score": score, "cost": cost, "quality": quality,
             "references": [items[k].captions for k in names], "paths": [items[k].path for k in names],
             "domain": np.array([domain] * len(names))}
+
+
+def by_caption(values, names, said):
+    """(items, n) of {item: (captions, their values)}; nan where an item has none."""
+    found = [dict(zip(*values[k])) if k in values else {} for k in names]
+    return np.array([[f.get(c, math.nan) for c in row] for f, row in zip(found, said)])
 
 
 def together(args, metrics, world, data):
@@ -336,8 +355,8 @@ def seconds(args, w, data, metrics):
     torch.set_num_threads(args.processes)
     generator, few = cycle.Generator.load("miniature", "cpu"), cycle.few_steps(cycle.Generator.load("miniature", "cpu"))
     judges = metrics.likenesses(["clip", "dino", "pixel"], "image", "miniature")
-    some = np.linspace(0, len(w["names"]) - 1, 1 if args.quick else 12).astype(int)
-    work = [(data.open_image(w["paths"][i]), list(dict.fromkeys(w["said"][i][:10]))) for i in some]
+    at = np.linspace(0, len(w["names"]) - 1, 1 if args.quick else 8).astype(int)
+    work = [(data.open_image(w["paths"][i]), list(dict.fromkeys(w["said"][i][:10]))) for i in at]
 
     def clock(f):
         f(*work[0])
@@ -350,9 +369,10 @@ def seconds(args, w, data, metrics):
         return lambda x, c: judges.pairs[name](speaker.draw(c, [0] * len(c), steps=steps, batch=40), x[None])
     out = {name: clock(drawn(generator, args.steps, name)) for name in ("clip", "dino", "pixel")}
     out |= {"few": clock(drawn(few, 8, "clip")), "clipscore": clock(lambda x, c: judges.clipscore(x[None], c)),
+            "denoise": clock(lambda x, c: cycle.score(generator, x[None], c)),
             "halved 60": clock(lambda x, c: cycle.score(generator, x[None], c, budget=60))}
     out |= {f"denoise {k}": clock(lambda x, c, k=k: cycle.score(generator, x[None], c, k)) for k in DRAWS}
-    return out | {"items": len(work)}
+    return out | {"items": len(work), "threads": args.processes}
 
 
 def scorers(args):
@@ -366,31 +386,47 @@ def scorers(args):
     w = together(args, metrics, world, data)
     quality, said = w["quality"]["CIDEr"], w["said"]
     beam = quality[:, 10]                                             # the first of three beams is beam search's answer
-    rows = {}
-    for name, score in w["score"].items():
-        first = score[:, :10]
+    full, rows, picked = pick(w["score"], "clip", 10), {}, {}
+    for name in (*w["score"], *SUMS):
+        first, pool = pick(w["score"], name, 10), pick(w["score"], name, 13)
         here = ~np.isnan(first).any(1)
-        row = {"evaluations": float(w["cost"][name].mean()) if name in w["cost"] else None, "items": int(here.sum())}
-        a, b = first.argmax(1), w["score"]["clip"][:, :10].argmax(1)
-        row["same"] = mean_of([said[i][a[i]] == said[i][b[i]] for i in np.flatnonzero(here)], metrics)
-        row["tau"] = float(np.nanmean([kendalltau(first[i], w["score"]["clip"][i, :10]).statistic
-                                       for i in np.flatnonzero(here) if len(set(first[i])) > 1]))
+        parts = [w["cost"].get(k) for k in name.removeprefix("ranks: ").split(" + ")]
+        row = {"evaluations": None if parts[0] is None else float(sum(parts)[here].mean()), "items": int(here.sum())}
+        a, b = first.argmax(1), full.argmax(1)
+        same = np.array([said[i][j] == said[i][k] for i, (j, k) in enumerate(zip(a, b))])
+        tau = np.array([kendalltau(x, y).statistic for x, y in zip(first, full)])
+        chosen, mean = np.take_along_axis(quality, a[:, None], 1)[:, 0], quality[:, :10].mean(1)
+        gain, other = chosen - mean, np.take_along_axis(quality, b[:, None], 1)[:, 0] - mean
+        picked[name] = np.where(here, chosen, math.nan)
         for domain in ("all", *DOMAINS):
             at = np.flatnonzero(here & ((w["domain"] == domain) | (domain == "all")))
             c = metrics.choices(quality[at, :10], first[at])
-            chosen, mean = quality[at, a[at]], quality[at, :10].mean(1)
-            gain, full = chosen - mean, quality[at, b[at]] - mean
-            kept = metrics.resampled(lambda r, g=gain, f=full: g[r].mean() / f[r].mean(), len(at))
+            kept = metrics.resampled(lambda r, g=gain[at], f=other[at]: g[r].mean() / f[r].mean(), len(at))
             row[domain] = {k: c[k] for k in ("mean", "chosen", "oracle", "gain", "interval", "items")} | {
-                "facts": float(w["quality"]["facts"][at, a[at]].mean()), "kept": c["gain"] / full.mean(),
-                "kept_interval": kept, "over_beam": mean_of(chosen - beam[at], metrics)}
-            if score.shape[1] == 13:                                   # the three beams join the ten samples
-                d = score[at].argmax(1)
+                "facts": float(w["quality"]["facts"][at, a[at]].mean()), "kept": c["gain"] / other[at].mean(),
+                "kept_interval": kept, "same": mean_of(same[at], metrics),
+                "tau": mean_of(tau[at][~np.isnan(tau[at])], metrics),
+                "over_beam": mean_of(gain[at] + mean[at] - beam[at], metrics)}
+            if pool is not None:                                       # the three beams join the ten samples
+                d = pool[at].argmax(1)
                 row[domain]["with_beams"] = mean_of(quality[at, d], metrics)
                 row[domain]["with_beams_over_beam"] = mean_of(quality[at, d] - beam[at], metrics)
         rows[name] = row
-    beams = {d: mean_of(beam[(w["domain"] == d) | (d == "all")], metrics) for d in ("all", *DOMAINS)}
-    keep(args, "scorers", {"beam": beams, "seconds": seconds(args, w, data, metrics), "scorers": rows})
+    ahead = picked["denoise 16"] - picked["few"]                       # at equal cost
+    by_domain = {d: (w["domain"] == d) | (d == "all") for d in ("all", *DOMAINS)}
+    keep(args, "scorers", {
+        "beam": {d: mean_of(beam[at], metrics) for d, at in by_domain.items()}, "scorers": rows,
+        "denoise 16 minus few": {d: mean_of(ahead[at & ~np.isnan(ahead)], metrics) for d, at in by_domain.items()},
+        "seconds": seconds(args, w, data, metrics)})
+
+
+def pick(score, name, width):
+    """Scores (items, width) of a name, or of `ranks: A + B` the sum of ranks among these; None if there are fewer."""
+    parts = [score[k] for k in name.removeprefix("ranks: ").split(" + ")]
+    if min(x.shape[1] for x in parts) < width:
+        return None
+    parts = [x[:, :width] for x in parts]
+    return -sum((x[:, :, None] < x[:, None, :]).sum(2) for x in parts) if name.startswith("ranks: ") else parts[0]
 
 
 # ---------------------------------------------------------------- joint training
@@ -730,41 +766,39 @@ def words(args):
 
 # ---------------------------------------------------------------- both findings
 def findings(args):
-    """Finding I (Figure 3, Table 1) and II (Figure 4, Table 2): quality by rank, for every score, by domain."""
+    """Finding I (Figure 3, Table 1), of the candidates of `scorers`: quality by rank, for every score, by domain."""
     import data
     import metrics
     import world
-    w, out = together(args, metrics, world, data), {}
+    candidates(args)
+    w = together(args, metrics, world, data)
     judges = metrics.likenesses(["clip", "sbert"], "text", "miniature").pairs
     quality = {"CIDEr": w["quality"]["CIDEr"][:, :11], "facts": w["quality"]["facts"][:, :11]}      # 10: beam search's
     for name, f in judges.items():
         quality[name.upper()] = np.stack([
             f([c for c in row[:11] for _ in r], r * 11).reshape(11, -1).mean(1)
             for row, r in zip(w["said"], w["references"])])
-    out["beam"] = {k: {d: mean_of(v[(w["domain"] == d) | (d == "all"), 10], metrics) for d in ("all", *DOMAINS)}
-                   for k, v in quality.items()}
+    beam = {k: {d: mean_of(v[(w["domain"] == d) | (d == "all"), 10], metrics) for d in ("all", *DOMAINS)}
+            for k, v in quality.items()}
     quality = {k: v[:, :10] for k, v in quality.items()}
-    scores = {k: w["score"][k][:, :10] for k in ("clip", "dino", "pixel", "denoise 12", "clipscore", "likelihood")}
-    out["I"] = table_of(quality, scores, w["domain"], metrics)
-    out["II"] = from_texts(args, "text", 10 if args.quick else 100, "full")[0]
-    keep(args, "findings", out)
+    scores = {k: w["score"][k][:, :10] for k in ("clip", "dino", "pixel", "denoise", "clipscore", "likelihood")}
+    keep(args, "findings", {"table": table_of(quality, scores, w["domain"], metrics), "beam": beam})
+
+
+def texts(args):
+    """Finding II (Figure 4, Table 2), drawn in 50 steps."""
+    keep(args, "texts", from_texts(args, "text", 10 if args.quick else 100, "full"))
 
 
 def pictures(args):
-    """Finding II on more texts, drawn in 8 steps; and what the choice is worth to a set: Frechet distance, IS."""
-    import metrics
-    out, features, truths, scores = from_texts(args, "fewtext", 10 if args.quick else 150, "few")
-    sets, n = {}, len(truths)
-    every = {"a random one": np.random.default_rng(0).random((n, 10))} | scores
-    for name, score in every.items():
-        dino, pair = (features[k][np.arange(n), np.argmax(score, 1)] for k in ("DINO", "pair"))
-        sets[name] = {"FD-DINO": metrics.frechet(dino, truths), "IS": metrics.inception_score(pair)[0]}
-    keep(args, "pictures", {"II": out, "sets": sets})
+    """Finding II on more texts, drawn in 8 steps."""
+    keep(args, "pictures", from_texts(args, "fewtext", 10 if args.quick else args.items, "few"))
 
 
 def from_texts(args, kind, limit, scorer):
-    """Text -> image -> text on the first `limit` texts of each domain: ({quality: {score: {domain: choices}}}, features
-    of the drawings {DINO (items, 10, D), pair: log p of 48 colour-shape pairs}, DINO of the true pictures, scores)."""
+    """Text -> image -> text on the first `limit` texts of each domain: {table: {quality: {score: {domain: choices}}},
+    sets: {score: Frechet distance of DINO's features to the true pictures, Inception score over the 48 colour-shape
+    pairs that the independent reader sees}} of the chosen drawings."""
     import torch
 
     import data
@@ -791,14 +825,16 @@ def from_texts(args, kind, limit, scorer):
         truths.append(np.asarray(dino(true))[0])
         features["pair"].append(pair_of(model, drawn, world))
     scores = {k: np.array([[r["scores"][k] for r in group] for _, group in rows]) for k in rows[0][1][0]["scores"]}
-    if scorer == "full":
-        jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
-                for (_, group), (x, d) in zip(rows, items)]
-        for name, found in zip(("denoise 12", "denoise 12, less the empty caption"),
-                               zip(*spread(args, measure_pictures, jobs))):
-            scores[name] = np.array(found)
+    jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
+            for (_, group), (x, d) in zip(rows, items)]
+    for name, found in zip(("denoise", "denoise, less the empty caption"), zip(*spread(args, measure_pictures, jobs))):
+        scores[name] = np.array(found)
     table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
-    return table, {k: np.stack(v) for k, v in features.items()}, np.stack(truths), scores
+    sets, every = {}, {"a random one": np.random.default_rng(0).random((len(items), 10))} | scores
+    for name, score in every.items():
+        seen, pair = (np.stack(features[k])[np.arange(len(items)), np.argmax(score, 1)] for k in ("DINO", "pair"))
+        sets[name] = {"FD-DINO": metrics.frechet(seen, np.stack(truths)), "IS": metrics.inception_score(pair)[0]}
+    return {"table": table, "sets": sets}
 
 
 def pair_of(model, pictures, world):
@@ -812,23 +848,30 @@ def pair_of(model, pictures, world):
 
 
 def samplers(args):
-    """Ways of speaking and N (appendices B to D): what the choice by drawings, in 8 steps, is worth."""
+    """Ways of speaking and N (appendices B to D): what a choice is worth; drawn in 8 steps."""
     import data
     import metrics
     limit, out = 10 if args.quick else 50, {"ways": {}, "N": {}}
-    for way, n in (("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
-        groups, references = [], []
+    for way, n in (("beam", 3), ("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
+        groups, references, jobs = [], [], []
         for domain in DOMAINS:
             run(args, "rerank.py", "-n", n, "--scorer", "few", "--way", way, "--limit", limit, "--split", domain,
                 "--data", world_set(args), "--dtype", args.dtype, "--out", args.work / f"{way}-{domain}")
             found, named = read(args, way, domain), {x.name: x for x in data.read(world_set(args), domain)}
-            groups += found.values()
-            references += [named[k].captions for k in found]
+            for k, group in list(found.items())[:limit]:
+                groups.append(group)
+                references.append(named[k].captions)
+                jobs.append((str(named[k].path), k, list(dict.fromkeys(r["caption"] for r in group)), 12, (0, 1)))
         df = metrics.document_frequency(references)
         quality = np.stack([100 * metrics.cider([r["caption"] for r in g], [x] * n, df)
                             for g, x in zip(groups, references)])
+        if way == "beam":
+            out["beam"] = mean_of(quality[:, 0], metrics)
+            continue
         score = {k: np.array([[r["scores"][k] for r in g] for g in groups])
                  for k in ("clip", "dino", "pixel", "clipscore", "likelihood")}
+        loss = {k: (c, -x.mean(0)) for k, (c, _, x) in denoised(args, f"denoise-{way}", jobs).items()}
+        score["denoise"] = by_caption(loss, [job[1] for job in jobs], [[r["caption"] for r in g] for g in groups])
         unique = [len({r["caption"] for r in g[:10]}) for g in groups]
         out["ways"][way] = {k: metrics.choices(quality[:, :10], v[:, :10]) for k, v in score.items()} | {
             "different": float(np.mean(unique))}
@@ -846,6 +889,19 @@ def table_of(quality, scores, domain, metrics):
 
 
 # ---------------------------------------------------------------- one caption, one drawing
+def check(args):
+    """Is the miniature good enough to mean something: what miniature.py --check prints."""
+    path = args.work / "check/check.json"
+    path.unlink(missing_ok=True)
+    try:
+        run(args, "miniature.py", "--check", "--scenes", 10 if args.quick else 300, "--work", path.parent,
+            "--threads", args.processes, several=False, threads=args.processes)
+    except ValueError:
+        if not path.exists():                                         # a bar that was missed is a result too
+            raise
+    keep(args, "check", {"figures": json.loads(path.read_text())})
+
+
 def scores(args):
     """Tables 3 and 4 of the shipped models: what evaluate.py prints."""
     folder = args.work / "evaluate"

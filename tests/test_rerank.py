@@ -119,14 +119,19 @@ def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
     (["list.json"], "list.json: expected a JSON list"), (["--data", "/no/set"], "no data set at /no/set"),
     (["--captioner", "vit_b", "PICTURE"], "'vit_b'"), (["--likeness", "ssim"], "'ssim'"),
     (["--captioner", "vitb"], "nothing to rerank")])
-def test_bad_input_is_one_line_and_exit_2(tmp_path, argv, said):
+def test_bad_input_is_refused(tmp_path, argv, said):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (tmp_path / "list.json").write_text("{}")
     argv = [str(tmp_path / "x.png") if a == "PICTURE" else str(tmp_path / a) if a == "list.json" else a for a in argv]
-    out = subprocess.run([sys.executable, "rerank.py", *argv, *FAST, "--device", "cpu", "--out", str(tmp_path / "out")],
-                         cwd=ROOT, capture_output=True, text=True)
-    lines = [x for x in out.stderr.splitlines() if not x.startswith("rerank.py: no likeness")]
-    assert out.returncode == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in out.stderr
+    with pytest.raises(ValueError) as e:
+        run(*argv, out=tmp_path / "out")
+    assert said in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_a_refusal_is_one_line_and_exit_2(tmp_path):
+    out = subprocess.run([sys.executable, "rerank.py", "no.png", "--out", str(tmp_path / "out")], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr == "rerank.py: no.png: no such picture\n"
 
 
 def test_two_processes_share_the_work(finished, tmp_path):
@@ -150,7 +155,8 @@ def test_denoise_draws_only_the_winner_and_agrees(tmp_path, capsys):
         some = [r for r in rows if r["item"] == item]
         winner = max(some, key=lambda r: r["scores"]["denoise"])
         assert winner["picture"] == best[item]["picture"] and winner["caption"] == best[item]["caption"]
-        assert sum(r["picture"] is not None for r in some) == 1 and all(r["error"] >= 0 for r in some)
+        assert sum(r["picture"] is not None for r in some) == 1 and all(
+            r["error"] > 0 and (r["gap"] > 0) != (r["caption"] == best[item]["caption"]) for r in some)
     assert sum(r["scores"]["pixel full"] is not None for r in rows) == 6
     assert "agreement with pixel full on 2 items" in out and "pixel again" in out and "Kendall tau" in out
     assert "not drawn" not in (tmp_path / "index.html").read_text() and (tmp_path / "sheet.png").exists()
@@ -188,16 +194,18 @@ def test_agreeing_on_some_items_only(tmp_path, capsys):
     assert "agreement with pixel on 1 items" in out and "CIDEr of 3 items by pixel " in out
 
 
-def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch):
+def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch, capsys):
     import cycle
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     assert run("--limit", 3, "--words", out=out) == 0
+    printed = capsys.readouterr().out
     lines = [json.loads(x) for x in (out / "words.jsonl").read_text().splitlines()]
     best = json.loads((out / "best.json").read_text())
     assert len(lines) == 3
     for r in lines:
         assert " ".join(w for w, *_ in r["words"]) == r["caption"] == best[r["item"]]["caption"]
+        assert "".join(f"\n        {w:12s} {v:+.4f} +- {e:.4f}" for w, v, e in r["words"]) in printed
     assert (out / "index.html").read_text().count("<span style=") == sum(len(r["words"]) for r in lines)
     monkeypatch.setattr(cycle.Generator, "load", lambda *a: pytest.fail("the words are known"))
     assert run("--limit", 3, "--words", out=out) == 0
@@ -254,3 +262,14 @@ def test_long_prompts_are_counted(tmp_path, capsys):
     long = "a red ring to the left of a blue box and " * 9 + "a green heart"
     assert run(long, "--likeness", "cider", "sbert", out=tmp_path) == 0
     assert all(r["cut"] for r in rows(tmp_path)) and "3 of 3 captions are longer" in capsys.readouterr().out
+
+
+def test_nothing_need_be_drawn(tmp_path):
+    argv = ["--limit", "2", "--n", "3", "--steps", "0", "--device", "cpu", "--draws", "1", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags([*argv, "--likeness", "pixel"])) == 0
+    found = rows(tmp_path)
+    assert len(found) == 6 and not (tmp_path / "pictures").exists() and (tmp_path / "sheet.png").exists()
+    assert all(r["picture"] is None and r["error"] is None is r["gap"] for r in found)         # one draw tells no error
+    for more in (["--scorer", "few"], ["a red ring"]):
+        with pytest.raises(ValueError, match="--steps 0: only --scorer denoise"):
+            rerank.main(rerank.flags([*more, "--steps", "0", "--out", str(tmp_path / "x")]))

@@ -26,8 +26,8 @@ def test_no_number_is_typed_by_hand():
     marked = re.findall(r"<!-- (?!end)(\w+) -->\n(.)", page)
     assert len(marked) >= 5 and all(name in parts and first == "|" for name, first in marked)   # and none is empty
     first = json.loads((ROOT / "results/scorers.json").read_text())["scorers"]["clip"]["all"]
-    assert f"{first['chosen']:.1f} | {first['gain']:+.1f} [" in page                          # the JSON's own number
-    changed = page.replace(f"{first['chosen']:.1f} |", "999.9 |")
+    assert f"| {first['gain']:+.1f} [" in page                                                # the JSON's own number
+    changed = page.replace(f"| {first['gain']:+.1f} [", "| 999.9 [")
     assert changed != page and report.readme(changed, parts) == page
 
 
@@ -42,11 +42,12 @@ def test_report_of_another_folder(tmp_path):
     assert out.returncode == 2 and "has no results" in out.stderr and "Traceback" not in out.stderr
 
 
-@pytest.mark.parametrize("count", results.DRAWS)
-def test_fewer_draws_are_stratified_too(count):
-    chosen = results.some(64, count)
-    assert len(set(chosen)) == count
-    assert (np.floor(chosen * count / 64) == np.arange(count)).all()                          # one in each equal part
+def test_fewer_draws_are_stratified_too():
+    for count in results.DRAWS:
+        chosen = np.array([results.some(64, count, f"item {i}") for i in range(200)])
+        for column, part in zip(chosen.T, np.array_split(np.arange(64), count)):              # one in each equal part
+            assert set(column) <= set(part) and (len(part) > 8 or set(column) == set(part))
+    assert (results.some(64, 8, "a") == results.some(64, 8, "a")).all()
 
 
 @pytest.mark.parametrize("kind", ["colour", "shape"])
@@ -117,16 +118,79 @@ def told(tmp_path, monkeypatch, items=4):
                 picture = flag["--out"] / f"{i}-{j}.png"
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(other.path, picture)
-                scores = dict.fromkeys(("clip", "dino", "pixel", "clipscore", "likelihood", "sbert", "cider"), 0.0)
+                others = ("pixel", "clipscore", "likelihood", "sbert", "cider")
+                scores = {k: float((j + len(k)) % items) for k in others} | {
+                    "clip": -float(j % items), "dino": float(j % items)}
+                if "--agree" in flag:
+                    scores["clip again"] = scores["clip"] if i < 2 else None
                 rows.append({"item": item.name, "candidate": j, "caption": other.captions[0], "picture": picture.name,
-                             "scores": scores | {"clip": -float(j), "dino": float(j % items)}})
+                             "scores": scores})
         (flag["--out"] / "candidates.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(results, "run", fake)
     monkeypatch.setattr(results, "world_set", lambda args: ROOT / "miniature/data")
     return results.flags(["samplers", "pictures", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")])
 
 
+def losses(args, name, jobs):
+    """In the place of `denoised`: the loss of a caption is its place, so the first is the best."""
+    return {item: (captions, np.arange(draws) * 1000 // draws, np.tile(np.arange(len(captions)), (draws, 1)) + .5)
+            if span else (captions, np.array([60]), np.arange(len(captions))[None] + .5)
+            for _, item, captions, draws, span in jobs}
+
+
+def test_scorers(tmp_path, monkeypatch):
+    """Scores that know the truth keep all of the gain and agree with each other, on the items that have them."""
+    args = told(tmp_path, monkeypatch)
+    args.deep = 2
+    monkeypatch.setattr(results, "denoised", losses)
+    monkeypatch.setattr(results, "seconds", lambda *args: {"clip": 1.0, "items": 1, "threads": 1})
+    results.scorers(args)
+    found = json.loads((tmp_path / "out/scorers.json").read_text())
+    for name, r in found["scorers"].items():
+        c, some = r["all"], re.search(r"again|few|\d$", name)
+        assert r["items"] == c["items"] == 3 * r["in"]["items"] == (6 if some else 12)
+        if not re.search("dino|pixel|clipscore|likelihood", name):
+            assert c["chosen"] == c["oracle"] and c["kept"] == 1 == c["same"]["value"] == c["tau"]["value"], name
+    assert found["scorers"]["dino"]["all"]["kept"] < .5 > found["scorers"]["dino"]["all"]["same"]["value"]
+    assert found["scorers"]["denoise 16"]["evaluations"] == found["scorers"]["few"]["evaluations"] == 4 * 16
+    assert found["scorers"]["clip"]["evaluations"] == 4 * 100 and found["denoise 16 minus few"]["all"]["value"] == 0
+    assert found["scorers"]["denoise"]["all"]["with_beams_over_beam"]["value"] == 0 and "with_beams" not in found[
+        "scorers"]["clip"]["all"]
+    assert sum(x.startswith("| chosen by") for x in report.text_scorers(found)) == 6
+
+
+def test_a_sum_of_ranks():
+    score = {"a": np.array([[1., 2, 3, 0]]), "b": np.array([[5., 9, 7, 6]])}
+    assert results.pick(score, "ranks: a + b", 3).tolist() == [[-1 - 2 - 1, -1 - 0, -0 - 1]]
+    assert results.pick(score, "a", 3).tolist() == [[1, 2, 3]] and results.pick(score, "ranks: a + b", 5) is None
+
+
+def test_denoised_does_nothing_twice(tmp_path, monkeypatch):
+    """Rows of the same settings are read; of others they are measured again."""
+    args, calls = results.flags(["--work", str(tmp_path)]), []
+
+    class Pool:
+        def __init__(self, *args):
+            pass
+
+        __enter__ = lambda self: self                                                           # noqa: E731
+        __exit__ = lambda self, *args: None                                                     # noqa: E731
+
+        def map(self, f, jobs, chunksize):
+            calls.append(len(jobs))
+            return [{"item": j[1], "captions": j[2], "timesteps": [0] * j[3], "loss": [[0.0]] * j[3]} for j in jobs]
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Pool)
+    jobs = [("x.png", f"item {i}", ["a ring"], 2, (0, 1)) for i in range(3)]
+    for change, want in (((), [3]), ((), [3]), ((2, ["a box"]), [3, 1]), ((3, 4), [3, 1, 1]), ((), [3, 1, 1, 1])):
+        job = list(jobs[0])
+        if change:
+            job[change[0]] = change[1]
+        found = results.denoised(args, "x", [tuple(job), *jobs[1:]])
+        assert calls == want and found["item 0"][0] == job[2] and found["item 0"][2].shape == (job[3], 1)
+
+
 def test_samplers(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "denoised", losses)
     results.samplers(told(tmp_path, monkeypatch))
     found = json.loads((tmp_path / "out/samplers.json").read_text())
     assert list(found["ways"]) == ["top-p", "top-k", "temperature", "typical"]
@@ -137,12 +201,14 @@ def test_samplers(tmp_path, monkeypatch):
 
 
 def test_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "spread", lambda args, f, jobs: [([0.0] * 10, [-1.0] * 10) for _ in jobs])
     results.pictures(told(tmp_path, monkeypatch))
     found = json.loads((tmp_path / "out/pictures.json").read_text())
     for quality in ("CLIP", "DINO"):
-        r = found["II"][quality]["clip"]["all"]
-        assert r["chosen"] == pytest.approx(1) == r["oracle"] and found["II"][quality]["dino"]["all"]["chosen"] < .95
-    assert found["II"]["facts"]["clip"]["all"]["chosen"] > .95                    # the reader reads the true pictures
+        r = found["table"][quality]
+        assert r["clip"]["all"]["chosen"] == pytest.approx(1) == r["clip"]["all"]["oracle"]
+        assert r["dino"]["all"]["chosen"] < .95
+    assert found["table"]["facts"]["clip"]["all"]["chosen"] > .95                 # the reader reads the true pictures
     assert found["sets"]["clip"]["FD-DINO"] == pytest.approx(0, abs=1e-6) and 1 < found["sets"]["clip"]["IS"] < 48
     assert any("FD-DINO" in line for line in report.text_pictures(found))
 
