@@ -102,7 +102,7 @@ def test_two_processes_train_as_one(double, tmp_path):
 
 # ---------------------------------------------------------------- nothing lost
 def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
-    joint, calls = losses.joint, []
+    joint, calls, handler = losses.joint, [], signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(1)
@@ -113,7 +113,7 @@ def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
     args = finetune.flags([*QUICK, "--out", str(tmp_path), "--steps", "4"])
     assert finetune.main(args) == 130 and finetune.header(tmp_path)["step"] == 2
     assert same(run(tmp_path, "--resume"), whole[1])
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_broken_number_stops_and_keeps_the_last_good(tmp_path, monkeypatch):
