@@ -770,7 +770,8 @@ def findings(args):
     import data
     import metrics
     import world
-    candidates(args)
+    if "scorers" not in args.parts:                                    # which has just made them
+        candidates(args)
     w = together(args, metrics, world, data)
     judges = metrics.likenesses(["clip", "sbert"], "text", "miniature").pairs
     quality = {"CIDEr": w["quality"]["CIDEr"][:, :11], "facts": w["quality"]["facts"][:, :11]}      # 10: beam search's

@@ -213,6 +213,16 @@ def test_pictures(tmp_path, monkeypatch):
     assert any("FD-DINO" in line for line in report.text_pictures(found))
 
 
+def test_check_says_which_bars_were_missed():
+    names = ("captioner facts", "generator pairs", "vae pairs", "real pairs", "captions distinct of 10")
+    figures = {f"{n}, {d}": {"value": .5, "low": .4, "high": .6, "n": 9, "bar": None} for n in names
+               for d in ("in", "near", "out")}
+    figures["generator pairs, in"] |= {"bar": .4}
+    figures["vae pairs"] = figures["vae pairs, in"] | {"bar": .9}
+    rows = report.text_check({"figures": figures})[0].splitlines()
+    assert rows[3].endswith("| in >= 0.4: met |") and rows[4].endswith("| all >= 0.9: missed |") and len(rows) == 7
+
+
 def test_kept_numbers_are_plain(tmp_path):
     args = results.flags(["scorers", "--out", str(tmp_path)])
     results.keep(args, "x", {"a": np.float64(1 / 3), "b": [np.nan, np.int64(2)], (0, 1): True})
