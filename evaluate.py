@@ -412,7 +412,9 @@ def report(results):
         lines.append(table("pictures", results["images"], PICTURES))
     if "label_free" in results:
         r = results["label_free"]
-        lines += [f"{x['score']:+.4f} +- {x['error'] or math.nan:.4f}  {x['item']}: {x['caption']}" for x in r["items"]]
+        for x in r["items"]:
+            error = math.nan if x["error"] is None else x["error"]
+            lines.append(f"{x['score']:+.4f} +- {error:.4f}  {x['item']}: {x['caption']}")
         lines.append(f"mean of {r['n']} images, {r['draws']} draws each ({r['score']}): {r['mean']:+.4f} "
                      f"[{r['low']:+.4f}, {r['high']:+.4f}]")
     for name, rows in results.get("findings", {}).items():

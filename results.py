@@ -54,7 +54,7 @@ def flags(argv=None):
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
     args.items, args.steps = (16, 15) if args.quick else (500, 50)
-    args.deep = 8 if args.quick else 100                         # items of a domain for few steps, 64 draws, --budget
+    args.deep = 8 if args.quick else 500                         # items of a domain for few steps, 64 draws, --budget
     return args
 
 
@@ -138,7 +138,7 @@ def candidates(args):
     data = world_set(args)
     for domain in DOMAINS:
         common = ["--data", data, "--split", domain, "--dtype", args.dtype]
-        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", max(3, args.items // 10), "--steps", args.steps,
+        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", max(3, args.items // 5), "--steps", args.steps,
             *common, "--out", args.work / f"full-{domain}")
         run(args, "rerank.py", "-n", 10, "--scorer", "few", "--limit", args.deep, *common, "--out",
             args.work / f"few-{domain}")
@@ -176,20 +176,12 @@ def measure_pictures(job):
     paths, item, text = job
     images = [data.open_image(p) for p in paths]
     own, none = (cycle.score(start.generator, images, [c], item=item, empty=False).score for c in (text, ""))
-    return own.tolist(), (own - none).tolist()
+    return {"item": item, "own": own.tolist(), "less": (own - none).tolist()}
 
 
-def spread(args, f, jobs):
-    """[f(job)] by --processes processes of one thread, each with the generator."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
-        return list(pool.map(f, jobs, chunksize=4))
-
-
-def denoised(args, name, jobs):
-    """{item: (captions, timesteps (draws,), losses (draws, n))} of jobs [(path, item, captions, draws, span)]; a line
-    an item in work/NAME.jsonl, where what is done by the same settings is not done again."""
+def measured(args, name, f, jobs):
+    """{item: f(job)} of jobs (where its pictures are, item, settings ...), by --processes processes of one thread, each
+    with the generator; a line an item in work/NAME.jsonl, where what is done by the same settings is not done again."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
@@ -199,19 +191,24 @@ def denoised(args, name, jobs):
         if line.endswith("}"):
             row = json.loads(line)
             done[row["item"]] = row
-    setting = {job[1]: [list(job[2]), job[3], job[4] and list(job[4]), args.dtype] for job in jobs}
+    setting = {job[1]: json.loads(json.dumps([*job[2:], args.dtype])) for job in jobs}
     todo = [job for job in jobs if done.get(job[1], {}).get("setting") != setting[job[1]]]
     if todo:
-        with open(path, "a", buffering=1) as f, ProcessPoolExecutor(
+        with open(path, "a", buffering=1) as out, ProcessPoolExecutor(
                 args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
-            if f.tell():
-                f.write("\n")
-            for row in tqdm(pool.map(measure, todo, chunksize=4), total=len(todo), desc=name):
+            if out.tell():
+                out.write("\n")
+            for row in tqdm(pool.map(f, todo, chunksize=4), total=len(todo), desc=name):
                 row["setting"] = setting[row["item"]]
-                f.write(json.dumps(row) + "\n")
+                out.write(json.dumps(row) + "\n")
                 done[row["item"]] = row
-    return {job[1]: (done[job[1]]["captions"], np.array(done[job[1]]["timesteps"]), np.array(done[job[1]]["loss"]))
-            for job in jobs}
+    return {job[1]: done[job[1]] for job in jobs}
+
+
+def denoised(args, name, jobs):
+    """{item: (captions, timesteps (draws,), losses (draws, n))} of `measure`'s jobs."""
+    return {k: (row["captions"], np.array(row["timesteps"]), np.array(row["loss"]))
+            for k, row in measured(args, name, measure, jobs).items()}
 
 
 def signal_to_noise():
@@ -743,24 +740,24 @@ def planted(job):
 
     import cycle
     import world
-    kind, split, i = job
+    _, item, kind, split, i = job
     scene = world.sample(split, i)
     true = world.full_caption(scene)
     said = spoil(true, scene, kind, i, world)
     image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
     found = [c for _, c, _ in cycle.words(start.generator, image, said, item=[split, i])]
-    return said.split()[np.argmin(found)] != true.split()[np.argmin(found)]
+    return {"item": item, "right": said.split()[np.argmin(found)] != true.split()[np.argmin(found)]}
 
 
 def words(args):
     """cycle.words, which rerank.py --words prints, on 300 captions with one planted wrong colour or shape."""
     import metrics
-    jobs = [(kind, split, 20_000 + i) for kind in ("colour", "shape") for split in ("test", "near", "out")
-            for i in range(5 if args.quick else 50)]
-    right = spread(args, planted, jobs)
-    cases = {"colour or shape": right}
-    for (kind, split, _), r in zip(jobs, right):
-        cases.setdefault(f"{kind}, {'in' if split == 'test' else split}", []).append(r)
+    jobs = [(None, f"{kind} {split} {i}", kind, split, i) for kind in ("colour", "shape")
+            for split in ("test", "near", "out") for i in range(20_000, 20_000 + (5 if args.quick else 50))]
+    found, cases = measured(args, "words", planted, jobs), {"colour or shape": []}
+    for _, item, kind, split, _ in jobs:
+        for case in ("colour or shape", f"{kind}, {'in' if split == 'test' else split}"):
+            cases.setdefault(case, []).append(found[item]["right"])
     keep(args, "words", {"planted": {k: mean_of(v, metrics) for k, v in cases.items()}})
 
 
@@ -828,8 +825,9 @@ def from_texts(args, kind, limit, scorer):
     scores = {k: np.array([[r["scores"][k] for r in group] for _, group in rows]) for k in rows[0][1][0]["scores"]}
     jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
             for (_, group), (x, d) in zip(rows, items)]
-    for name, found in zip(("denoise", "denoise, less the empty caption"), zip(*spread(args, measure_pictures, jobs))):
-        scores[name] = np.array(found)
+    found = measured(args, f"denoise-{kind}", measure_pictures, jobs)
+    for name, of in (("denoise", "own"), ("denoise, less the empty caption", "less")):
+        scores[name] = np.array([found[job[1]][of] for job in jobs])
     table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
     sets, every = {}, {"a random one": np.random.default_rng(0).random((len(items), 10))} | scores
     for name, score in every.items():

@@ -156,7 +156,7 @@ def test_scorers(tmp_path, monkeypatch):
     assert found["scorers"]["clip"]["evaluations"] == 4 * 100 and found["denoise 16 minus few"]["all"]["value"] == 0
     assert found["scorers"]["denoise"]["all"]["with_beams_over_beam"]["value"] == 0 and "with_beams" not in found[
         "scorers"]["clip"]["all"]
-    assert sum(x.startswith("| chosen by") for x in report.text_scorers(found)) == 6
+    assert sum(x.startswith("| chosen by") for x in report.text_scorers(found)) == 7
 
 
 def test_a_sum_of_ranks():
@@ -201,7 +201,8 @@ def test_samplers(tmp_path, monkeypatch):
 
 
 def test_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "spread", lambda args, f, jobs: [([0.0] * 10, [-1.0] * 10) for _ in jobs])
+    monkeypatch.setattr(results, "measured", lambda args, name, f, jobs: {
+        item: {"own": [0.0] * 10, "less": [-1.0] * 10} for _, item, _ in jobs})
     results.pictures(told(tmp_path, monkeypatch))
     found = json.loads((tmp_path / "out/pictures.json").read_text())
     for quality in ("CLIP", "DINO"):
