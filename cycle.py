@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,8 +115,9 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
     loss is the one the model was trained with, unweighted (weights by the signal-to-noise ratio lost on the
     miniature's val). empty: subtract the loss under the empty caption, so that scores of different images compare;
     default where there are several images.
-    budget: UNet evaluations, spent by successive halving among the captions of one image: each round, of at least one
-    draw, the worse half drops out; who dropped out is ranked by its difference to the winner on the draws they share.
+    budget: UNet evaluations, spent by successive halving among the captions of one image: rounds of as equal numbers of
+    draws as it allows, at least one; after each the worse half drops out, and is ranked by its difference to the winner
+    on the draws they share.
     Equal captions of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for
     other counts.
     """
@@ -130,11 +132,12 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
         states, nothing = generator.states(wanted), generator.states([""])                # (k or 1, T, D)
         latents = generator.encode(images)[0].float()                                     # (1 or n, C, h, w)
         width, parts, times = max(place) + 1, [], []
-        alive, spent = list(range(width)), 0
-        rounds = max(1, (width - 1).bit_length()) if budget and not several else 1
-        for r in range(rounds):
-            price = len(alive) + (len(latents) if empty else 0)                           # of one draw
-            more = max(1, (budget - spent) // ((rounds - r) * price)) if budget else draws
+        alive, spent, fields = list(range(width)), 0, [width]
+        while budget and not several and fields[-1] > 2:
+            fields.append((fields[-1] + 1) // 2)
+        prices = [k + empty * len(latents) for k in fields]                               # of one draw
+        for r, price in enumerate(prices):
+            more = max(1, (budget - spent) // sum(prices[r:])) if budget and not several else draws
             t, noise = pairs(generator, latents, more, r, seed, item, span)
             some = states if several else states[alive]
             loss = denoising(generator, latents, some, t, noise, batch)                   # (draws, alive)
@@ -144,17 +147,28 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
             parts.append(loss.new_full((more, width), torch.nan))
             parts[-1][:, alive] = loss
             times.append(t)
-            if r + 1 < rounds:
+            if r + 1 < len(fields):
                 sums = torch.cat(parts)[:, alive].mean(0)
-                alive = sorted(alive[i] for i in sums.argsort()[:(len(alive) + 1) // 2].tolist())
-    loss = torch.cat(parts)
+                alive = sorted(alive[i] for i in sums.argsort()[:fields[r + 1]].tolist())
+    loss, times = torch.cat(parts), torch.cat(times)
     best = min(alive, key=lambda j: loss[:, j].mean().item())
     apart = loss - loss[:, [best]]
-    count = (~apart.isnan()).sum(0)
     value = loss[:, best].mean() + apart.nanmean(0)
-    error, gap = (((x - x.nanmean(0)).square().nansum(0) / (count - 1) / count).sqrt()[place].cpu()
-                  for x in (loss, apart))
-    return Denoised(-value[place].cpu(), error, gap, spent, loss[:, place].cpu(), torch.cat(times).cpu())
+    own, gap = (standard_error(x[times.argsort()]) for x in (loss, apart))
+    error = torch.where(loss[-1].isnan(), torch.hypot(own[best], gap), own)               # of who dropped out
+    return Denoised(*(x[place].cpu() for x in (-value, error, gap)), spent, loss[:, place].cpu(), times.cpu())
+
+
+def standard_error(x):
+    """Of the means (n,) of stratified draws x (draws, n) in order of time, nan where one did not take part: from second
+    differences, as a loss that moves with the timestep hardly moves a stratified mean. Nan of one draw."""
+    out = []
+    for v in x.unbind(1):
+        v = v[~v.isnan()]
+        order = min(2, len(v) - 1)                                                        # of two draws, the first
+        out.append((v.diff(n=order).square().mean() / math.comb(2 * order, order) / len(v)).sqrt() if order else
+                   v.new_tensor(math.nan))
+    return torch.stack(out)
 
 
 def words(generator, image, caption, draws=24, seed=0, item=0, batch=64):
@@ -167,8 +181,7 @@ def words(generator, image, caption, draws=24, seed=0, item=0, batch=64):
     without = [" ".join(said[:i] + said[i + 1:]) for i in range(len(said))]
     found = score(generator, image[None], [caption, *without], draws, None, seed, item, batch)
     change = found.loss[:, 1:] - found.loss[:, :1]                                         # (draws, words)
-    error = change.std(0, correction=min(1, draws - 1)) / draws ** .5
-    return list(zip(said, change.mean(0).tolist(), error.tolist()))
+    return list(zip(said, change.mean(0).tolist(), standard_error(change).tolist()))
 
 
 def pairs(generator, latents, draws, part, seed, item, span):
@@ -182,7 +195,7 @@ def pairs(generator, latents, draws, part, seed, item, span):
 
 def denoising(generator, latents, states, t, noise, batch):
     """Mean squared errors of k candidates at each draw, (draws, k) float64, of k latents or one and k states or one.
-    What the UNet computes before it looks at the text is computed once a draw where the candidates share their image.
+    Where the candidates share their image, the UNet's `stem`, which sees no text, is computed once a draw.
     """
     scheduler, k = generator.scheduler, max(len(latents), len(states))
     a = scheduler.alphas_cumprod.to(latents.device)[t].view(-1, 1, 1, 1).float()

@@ -14,6 +14,7 @@ Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture,
 best.json, sheet.png and index.html. Run again, it goes on where it stopped; another --by ranks again without redoing.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -59,14 +60,15 @@ def flags(argv=None):
     p.add_argument("--batch", type=int, help="pictures drawn at once (memory, speed); default 40, or 10 of real models")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="float32, float16 or bfloat16; default by device")
-    p.add_argument("--out", type=Path, default=Path("out/rerank"), help="folder for what comes out")
+    p.add_argument("--out", type=Path, help="folder for what comes out; default out/rerank, or out/rerank-2 ... where "
+                   "that holds a run of other settings")
     args = p.parse_args(argv)
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
     args.judges = args.judges or ("miniature" if small else "hub")
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
-    args.steps = args.steps or (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
+    args.steps = (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
     if min(args.n, args.batch, args.draws, args.budget or 1) < 1 or min(args.steps, args.agree) < 0 or (
             args.budget == 0 or not args.margin >= 0):
         p.error("--n, --batch, --draws and --budget are at least 1, --steps, --agree and --margin at least 0")
@@ -113,6 +115,17 @@ def gather(args, data):
 
 
 # ---------------------------------------------------------------- what is kept
+def place(args, direction):
+    """The default --out: the first of out/rerank, out/rerank-2 ... that is new or holds a run of these settings."""
+    for i in itertools.count(1):
+        args.out = Path(f"out/rerank-{i}" if i > 1 else "out/rerank")
+        try:
+            resume(args, direction)
+            return args.out
+        except ValueError:
+            continue
+
+
 def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
@@ -300,33 +313,33 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
             for name, of in (("denoise", "score"), ("denoise error", "error"), ("denoise gap", "gap"))})
     nan = torch.full((len(values), args.n), torch.nan, dtype=torch.float64)
     for again in (False, True):
-        if not any(agree) or not again and args.scorer == "full" or direction == TEXT:
+        if not any(agree) or not again and args.scorer == "full":
             continue
         some, seed = [i for i, a in enumerate(agree) if a], args.seed + again * 7919
         steps, pipe = draw if args.scorer == "full" else draw | {"steps": 50}, getattr(generator, "pipe", None)
         if args.scorer == "few":                                        # the checkpoint's own for a while
             kept = pipe.scheduler, pipe.vae
             pipe.scheduler, pipe.vae = generator.scheduler, generator.vae
-        texts = [(names[i], c) for i in some for c in talk.captions[i]]
-        drawn = generator.draw([c for _, c in texts], [k for k, _ in texts], seed, **steps)
+        texts = list(dict.fromkeys((i, c) for i in some for c in talk.captions[i]))
+        drawn = generator.draw([c for _, c in texts], [names[i] for i, _ in texts], seed, **steps)
         if args.scorer == "few":
             pipe.scheduler, pipe.vae = kept
         for name, f in judges.pairs.items():
             column = talk.scores.setdefault(f"{name} {'again' if again else 'full'}", nan.clone())
-            for i, echo in zip(some, drawn.unflatten(0, (len(some), args.n))):
+            for i in some:
+                echo = drawn[[texts.index((i, c)) for c in talk.captions[i]]]
                 column[i] = torch.as_tensor(f(echo, values[i][None])).double()
     return talk
 
 
-def agreement(groups, items, by, metrics):
+def agreement(groups, items, metrics):
     """Lines: how each score agrees with the full cycle's first likeness on the items scored both ways: the same chosen
-    caption, Kendall's tau, the CIDEr gain beside its own. The ceiling is the full cycle under another seed."""
+    caption, Kendall's tau, the CIDEr gain beside its own. `again`, the full cycle under another seed, is the ceiling of
+    scores that share no noise with it; --scorer few starts from the same."""
     import numpy as np
     from scipy.stats import kendalltau
     columns = list(next(iter(groups.values()))[0]["scores"])
-    other = next((k for k in columns if k.endswith(" again")), None)
-    if other is None:
-        return ["--agree needs pictures as inputs"]
+    other = next(k for k in columns if k.endswith(" again"))
     full = other.removesuffix(" again") + (" full" if other.replace(" again", " full") in columns else "")
     groups = {k: v for k, v in groups.items() if v[0]["scores"].get(other) is not None}
     references = {x.name: x.captions for x in items if len(x.captions) > 1}
@@ -346,7 +359,8 @@ def agreement(groups, items, by, metrics):
                        for x, y, v in zip(a, b, groups.values())])
         tau = np.nanmean([kendalltau(x, y).statistic for x, y in zip(a, b) if len(set(x)) > 1 < len(set(y))])
         lines.append(f"  {name:16s} same first choice {top:.2f}   Kendall tau {tau:+.2f}"
-                     + (f"   CIDEr gain {gain[name]:+.1f} of {gain[full]:+.1f}" if gain else ""))
+                     + (f"   CIDEr gain {gain[name]:+.1f} of {gain[full]:+.1f}, {gain[name] / gain[full]:.2f}"
+                        if gain and gain[full] else ""))
     return lines
 
 
@@ -414,23 +428,25 @@ def explain(args, best, cycle, data):
 
 def preferences(args, groups, by):
     """Writes --pairs and returns what there is to say. Of each item, every two different candidates whose scores lie
-    more than --margin apart; nearer ones are ties, counted and left out. The order of candidates changes nothing.
+    more than --margin apart; nearer ones are ties, counted and left out, as are candidates without a score. The order
+    of candidates changes nothing.
 
     trl: rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them for vision-language models.
     diffusion: columns caption, jpg_0, jpg_1 (encoded pictures), label_0, label_1, as Diffusion-DPO reads Pick-a-Pic.
     """
-    import itertools
     trl = args.pairs == "trl"
     if trl != (next(iter(groups.values()))[0]["direction"] == IMAGE):
         raise ValueError(f"--pairs {args.pairs}: trl compares captions of a picture, diffusion pictures of a sentence")
-    rows, ties, equal = [], 0, 0
+    rows, ties, equal, without = [], 0, 0, 0
     for candidates in groups.values():
+        scored = [r for r in candidates if value(r, by) > -math.inf]
+        without, candidates = without + len(candidates) - len(scored), scored
         different = {r["caption"] if trl else r["picture"]: r for r in reversed(candidates)}
         equal += len(candidates) - len(different)
         for a, b in itertools.combinations(sorted(different, key=lambda k: (-value(different[k], by), k)), 2):
             a, b = different[a], different[b]
             gap = value(a, by) - value(b, by)
-            if not gap > args.margin:                           # nan, where neither has a score, is a tie
+            if gap <= args.margin:
                 ties += 1
                 continue
             if trl:
@@ -453,7 +469,7 @@ def preferences(args, groups, by):
             raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {args.margin:g} apart) left out, "
-            f"{equal} candidates equal to another one")
+            f"{equal} candidates equal to another one" + f", {without} without a score" * (without > 0))
 
 
 # ---------------------------------------------------------------- the road
@@ -463,9 +479,10 @@ def speakers(args, cycle):
     generator = cycle.Generator.load(args.generator, args.device, args.dtype)
     if args.ckpt:
         cycle.adopt(args.ckpt, captioner, generator)
-    if args.scorer != "full" and not getattr(generator, "denoises", False):
-        raise ValueError(f"--scorer {args.scorer}: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer "
-                         "full")
+    if args.scorer == "denoise" and not getattr(generator, "denoises", False):
+        raise ValueError(f"--scorer denoise: {args.generator} is no Stable Diffusion 1.x or 2.x: say --scorer full")
+    if args.scorer == "few" and not hasattr(generator, "pipe"):
+        raise ValueError(f"--scorer few: {args.generator} is no pipeline of diffusers: say --scorer full")
     if args.scorer == "few":
         cycle.few_steps(generator, args.decoder)
     return captioner, generator
@@ -487,6 +504,12 @@ def main(args):
         args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
     if not args.steps and (direction == TEXT or args.scorer != "denoise"):
         raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
+    if args.agree and direction == TEXT:
+        raise ValueError("--agree needs pictures as inputs")
+    if args.out is None and place(args, direction).name != "rerank" and rank == 0:
+        print(f"rerank.py: out/rerank holds a run of other settings; this one is in {args.out}", file=sys.stderr)
+    if world > 1:
+        dist.barrier()                                          # nothing is written before all know where
     device = cycle.settle(args.device)[0]
 
     # judges: what is not to be had here costs one line, never the run
@@ -568,7 +591,7 @@ def main(args):
     print()
     for line in worth(groups, items, names, metrics) if direction == IMAGE else ():
         print(line)
-    for line in agreement(groups, items, by, metrics) if args.agree else ():
+    for line in agreement(groups, items, metrics) if args.agree else ():
         print(line)
     if args.pairs:
         print(preferences(args, groups, by))

@@ -23,12 +23,36 @@ def test_score_is_the_denoising_loss(generator, images):
             out = generator.predict(noised, t, generator.states([caption] * 6))
         each = (out - losses.target(generator.scheduler, x, noise, t)).square().mean((1, 2, 3))
         assert value.item() == pytest.approx(-each.mean().item(), rel=1e-5)
-        assert error.item() == pytest.approx(each.std().item() / 6 ** .5, rel=1e-4)
+        apart = np.diff(each.double().numpy(), 2)                              # of neighbours in time
+        assert error.item() == pytest.approx((np.square(apart).sum() / 6 / 4 / 6) ** .5, rel=1e-3)
     assert found.evaluations == 6 * 4 and found.score[0] == found.score[2]     # equal captions are scored once
     assert found.gap.min() == 0 and found.gap.argmin() == found.score.argmax()
     again = cycle.score(generator, images[:1], SAID[:2], draws=6, seed=3, item="x", span=(.3, 1.0))
     assert torch.allclose(again.score, found.score[:2], rtol=1e-5)             # company does not matter
     assert "forward" not in vars(generator.unet.conv_in)                       # the shared stem is gone
+
+
+def test_errors_are_the_spread_over_seeds(generator, images):
+    """The standard errors of a score and of a difference beside what 30 other choices of draws do to them."""
+    found = [cycle.score(generator, images[:1], SAID[:2], draws=8, seed=s) for s in range(30)]
+    score, apart = (torch.stack(x) for x in zip(*((f.score, f.score[0] - f.score[1]) for f in found)))
+    for reported, spread in ((torch.stack([f.error for f in found]), score.std(0)),
+                             (torch.stack([f.gap.max() for f in found]), apart.std(0))):
+        assert ((.7 * spread < reported.mean(0)) & (reported.mean(0) < 1.6 * spread)).all()
+
+
+def test_evaluations_are_counted_right(generator, images):
+    """Rows that pass the UNet: 2 a step and caption of a drawing, 1 a noise and caption of a score."""
+    rows = []
+    hook = generator.unet.register_forward_pre_hook(lambda unet, args: rows.append(len(args[0])))
+    for f, want in ((lambda: generator.draw(SAID[:2], steps=5), 2 * 5 * 2),
+                    (lambda: cycle.score(generator, images[:1], SAID, draws=6), 6 * 4),
+                    (lambda: cycle.score(generator, images[:3], SAID[:1], draws=2), 2 * 3 * 2),
+                    (lambda: cycle.score(generator, images[:1], SAID, budget=30), 30)):
+        rows.clear()
+        found = f()
+        assert sum(rows) == want == getattr(found, "evaluations", want)
+    hook.remove()
 
 
 def test_images_given_a_text(generator, images):
@@ -70,7 +94,8 @@ def test_words_are_dropped_under_the_same_noise(generator, images):
         with_, without = (cycle.score(generator, images[:1], [c], 5, item="x").loss[:, 0]
                           for c in ("a red ring at night", shorter))
         assert found[i][1] == pytest.approx((without - with_).mean().item(), abs=1e-6)
-        assert found[i][2] == pytest.approx((without - with_).std().item() / 5 ** .5, abs=1e-6)
+        apart = np.diff((without - with_).numpy(), 2)
+        assert found[i][2] == pytest.approx((np.square(apart).sum() / 6 / 3 / 5) ** .5, abs=1e-6)
 
 
 def test_a_planted_wrong_word_contributes_least(generator):
@@ -97,6 +122,8 @@ def test_halving_keeps_its_budget_and_a_winner(generator, images, budget):
     alone = (~found.loss.isnan()).sum(0) == 1                             # of one draw no error is known
     assert (found.gap.isnan() == alone).all() and (found.error.isnan() == alone).all()
     assert cycle.score(generator, images[:1], said, budget=1).evaluations == 9 + 5 + 3 + 2     # a draw a round
+    even = cycle.score(generator, images[:1], said, budget=3 * (9 + 5 + 3 + 2))                # equal numbers of draws
+    assert sorted((~even.loss.isnan()).sum(0).tolist()) == [3] * 4 + [6] * 2 + [9] + [12] * 2
 
 
 def test_true_captions_denoise_better(generator):
