@@ -132,8 +132,8 @@ def text_val(found):
             "by 12 draws over the whole schedule, or by those of them that lie in a part of it. Weights multiply the "
             "velocity loss, the miniature's own. In the full run no part is better than as many draws over the whole, "
             "and no weight better than none, so the score has neither. (An earlier val of 300 scenes preferred "
-            "min(SNR, 5); the test sets, measured with that score, already had even weights ahead when these 900 scenes "
-            "were drawn to settle it.)", "",
+            "min(SNR, 5); the test sets, measured with that score, already had even weights ahead when these 900 "
+            "scenes were drawn to settle it.)", "",
             markdown(["timesteps", "weight", "draws", "gain [95 %]", "minus as many draws over 0 to 1, even"], rows)]
 
 
