@@ -34,7 +34,7 @@ def flags(argv=None):
 
 # ---------------------------------------------------------------- tables
 def name_of(key):
-    key = re.sub(r"^denoise (\d+)", r"denoise, \1 noises", NAMES.get(key, key))
+    key = re.sub(r"^denoise (\d+)", r"denoise, \1 noises", NAMES.get(key, key)).replace(" 1 noises", " 1 noise")
     return key.replace("ranks: ", "sum of ranks: ")
 
 
@@ -337,13 +337,14 @@ def figure_scorers(found, plt):
         for k in ("clip", "dino", "few", "denoise", "halved 60"):
             r = found["scorers"][k]
             axis.errorbar(r["evaluations"], r[domain]["gain"], [[r[domain]["gain"] - r[domain]["interval"][0]],
-                          [r[domain]["interval"][1] - r[domain]["gain"]]], marker="s", ms=4, label=name_of(k))
+                          [r[domain]["interval"][1] - r[domain]["gain"]]], marker="s", ms=4,
+                          label=name_of(k).replace("`", ""))
         base = found["beam"][domain]["value"] - found["scorers"]["clip"][domain]["mean"]
         axis.axhline(base, color="grey", ls=":", label="beam search")
         axis.axhline(found["scorers"]["clipscore"][domain]["gain"], color="tan", ls="--",
                      label="CLIP(picture, caption)")
-        axis.set(title=f"{domain}, n = {found['beam'][domain]['n']} (lines: {family[0][domain]['items']})",
-                 xscale="log", xlabel="UNet evaluations a picture")
+        axis.set(title=f"{domain}, {family[0][domain]['items']} pictures", xscale="log",
+                 xlabel="UNet evaluations a picture")
     axes[0].set_ylabel("CIDEr gained by the choice")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
     return figure
