@@ -49,10 +49,11 @@ class Talk:
 
 def few_steps(generator, decoder=None):
     """Gives a generator the solver that needs few steps, DPM-Solver++ (Lu et al. 2022), on its own noise schedule; a
-    checkpoint distilled to few steps (LCM, TCD, Turbo: trailing timesteps) keeps its own. decoder: as in tiny_vae."""
+    checkpoint distilled to few steps (LCM, TCD, Turbo: trailing timesteps), and one of flow matching, keeps its own.
+    decoder: as in tiny_vae."""
     from diffusers import DPMSolverMultistepScheduler
     own = generator.pipe.scheduler
-    if type(own).__name__[:3] not in ("LCM", "TCD") and own.config.get("timestep_spacing") != "trailing":
+    if type(own).__name__[:3] not in ("LCM", "TCD", "Flo") and own.config.get("timestep_spacing") != "trailing":
         generator.pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
     if decoder:
         generator.pipe.vae = tiny_vae(decoder, generator)
@@ -118,8 +119,9 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
     budget: UNet evaluations, spent by successive halving among the captions of one image: rounds of as equal numbers of
     draws as it allows, at least one; after each the worse half drops out, and is ranked by its difference to the winner
     on the draws they share.
-    Equal captions of an image are scored once. Nothing is drawn or decoded, there is no guidance. Raises ValueError for
-    other counts.
+    Equal captions of an image are scored once. Nothing is drawn or decoded, there is no guidance. Captions longer than
+    the text encoder reads are scored without their ends: Generator.too_long tells which. Raises ValueError for other
+    counts.
     """
     n = max(len(images), len(captions))
     if not {len(images), len(captions)} <= {1, n}:
@@ -137,7 +139,7 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
             fields.append((fields[-1] + 1) // 2)
         prices = [k + empty * len(latents) for k in fields]                               # of one draw
         for r, price in enumerate(prices):
-            more = max(1, (budget - spent) // sum(prices[r:])) if budget and not several else draws
+            more = max(1, (budget - spent) // sum(prices[r:])) if budget else draws
             t, noise = pairs(generator, latents, more, r, seed, item, span)
             some = states if several else states[alive]
             loss = denoising(generator, latents, some, t, noise, batch)                   # (draws, alive)
@@ -152,23 +154,23 @@ def score(generator, images, captions, draws=12, budget=None, seed=0, item=0, ba
                 alive = sorted(alive[i] for i in sums.argsort()[:fields[r + 1]].tolist())
     loss, times = torch.cat(parts), torch.cat(times)
     best = min(alive, key=lambda j: loss[:, j].mean().item())
-    apart = loss - loss[:, [best]]
-    value = loss[:, best].mean() + apart.nanmean(0)
-    own, gap = (standard_error(x[times.argsort()]) for x in (loss, apart))
+    value = loss[:, best].mean() + (loss - loss[:, [best]]).nanmean(0)
+    own, gap = standard_error(parts), standard_error([x - x[:, [best]] for x in parts])
     error = torch.where(loss[-1].isnan(), torch.hypot(own[best], gap), own)               # of who dropped out
     return Denoised(*(x[place].cpu() for x in (-value, error, gap)), spent, loss[:, place].cpu(), times.cpu())
 
 
-def standard_error(x):
-    """Of the means (n,) of stratified draws x (draws, n) in order of time, nan where one did not take part: from second
-    differences, as a loss that moves with the timestep hardly moves a stratified mean. Nan of one draw."""
-    out = []
-    for v in x.unbind(1):
-        v = v[~v.isnan()]
-        order = min(2, len(v) - 1)                                                        # of two draws, the first
-        out.append((v.diff(n=order).square().mean() / math.comb(2 * order, order) / len(v)).sqrt() if order else
-                   v.new_tensor(math.nan))
-    return torch.stack(out)
+def standard_error(parts):
+    """Of the means (n,) of draws in parts [(draws, n)], each stratified and in order of time, nan where one took no
+    part: from second differences, as a loss that moves with the timestep hardly moves a stratified mean. Nan where a
+    part is of one draw."""
+    total, count = 0, 0
+    for x in parts:
+        k, here = len(x), ~x[0].isnan()
+        order = min(2, k - 1)                                                             # of two draws, the first
+        variance = x.diff(n=order, dim=0).square().mean(0) / math.comb(2 * order, order) if order else x[0] * math.nan
+        total, count = total + torch.where(here, k * variance, 0), count + k * here
+    return total.sqrt() / count
 
 
 def words(generator, image, caption, draws=24, seed=0, item=0, batch=64):
@@ -181,7 +183,7 @@ def words(generator, image, caption, draws=24, seed=0, item=0, batch=64):
     without = [" ".join(said[:i] + said[i + 1:]) for i in range(len(said))]
     found = score(generator, image[None], [caption, *without], draws, None, seed, item, batch)
     change = found.loss[:, 1:] - found.loss[:, :1]                                         # (draws, words)
-    return list(zip(said, change.mean(0).tolist(), standard_error(change).tolist()))
+    return list(zip(said, change.mean(0).tolist(), standard_error([change]).tolist()))
 
 
 def pairs(generator, latents, draws, part, seed, item, span):
@@ -318,9 +320,10 @@ def adopt(checkpoint, captioner=None, generator=None):
 
 
 def tiny_vae(name, generator):
-    """A distilled autoencoder for a generator's latents: an AutoencoderTiny's place, or `tiny` for Stable Diffusion
-    1.x's (TAESD, madebyollin/taesd). 1/18 of the work of the exact decoder."""
-    place, options = resolve(name, {"tiny": "madebyollin/taesd"}, "decoder")
+    """A distilled autoencoder for a generator's latents: an AutoencoderTiny's place, or `tiny` for Stable
+    Diffusion's or SDXL's (TAESD, madebyollin/taesd, taesdxl). 1/18 of the work of the exact decoder."""
+    tiny = "madebyollin/taesd" if generator.denoises else "madebyollin/taesdxl"
+    place, options = resolve(name, {"tiny": tiny}, "decoder")
     with loading(name, "decoder"):
         from diffusers import AutoencoderTiny
         vae = AutoencoderTiny.from_pretrained(place, dtype=generator.dtype, low_cpu_mem_usage=False, **options)

@@ -5,7 +5,7 @@
     python evaluate.py --ckpt out/finetune                   # the same of a trained pair
     python evaluate.py --score captions.json --refs refs.json               # scores of given captions, no model
     python evaluate.py --label-free --images DIR --captions captions.json   # a score without references
-    python evaluate.py --findings out/rerank                 # Tables 1, 2 and Figures 3, 4 of a rerank's candidates
+    python evaluate.py --findings out/full                   # Tables 1, 2 and Figures 3, 4 of a rerank's candidates
 
 Writes into --out: captions.jsonl and pictures (work that is kept: run again, it goes on), results.json and table.txt.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
@@ -359,7 +359,10 @@ def findings(args, data, metrics):
     notes += [f"no {k.upper()}: {v}" for k, v in judges.absent.items()]
     domains, out = [items[k].domain for k in names], {}
     for by in rows[0][0]["scores"]:
-        ranking = np.array([[-math.inf if r["scores"][by] is None else r["scores"][by] for r in g] for g in rows])
+        if any(r["scores"].get(by) is None for g in rows for r in g):
+            notes.append(f"no choice by {by}: some candidates have no such score")
+            continue
+        ranking = np.array([[r["scores"][by] for r in g] for g in rows])
         for metric, q in quality.items():
             def row(some, q=q, ranking=ranking):
                 c = metrics.choices(q[some], ranking[some])

@@ -51,7 +51,7 @@ def markdown(head, rows):
 
 def text_scorers(found):
     """The tables of scorers: which to use where every picture costs."""
-    first, time, equal = found["scorers"]["clip"]["all"], found["seconds"], found["at equal cost"]
+    first, time, equal = found["scorers"]["clip"]["all"], found["seconds"], found["differences"]
 
     def row(key, r, domain):
         c = r[domain]
@@ -63,7 +63,7 @@ def text_scorers(found):
         """The rows whose key `wanted` is true of."""
         return markdown(["chosen by", "pictures", "UNet evaluations", "s", *head, *(f"{k}, in / near / out" for k in (
             "gain", "minus beam search"))], [[
-                name_of(k), f"{r['items']:,}", "-" if r["evaluations"] is None else f"{r['evaluations']:,.0f}",
+                name_of(k), f"{r['items']:,}", f"{r['evaluations']:,.0f}",
                 f"{time[k]:.2f}" if k in time else "", *row(k, r, "all"),
                 " / ".join(f"{r[d]['gain']:+.1f}" for d in DOMAINS),
                 " / ".join(f"{r[d]['over_beam']['value']:+.1f}" for d in DOMAINS)]
@@ -77,10 +77,11 @@ def text_scorers(found):
              "share no noise with it: few steps start from the same noise; DINO, pixels and sums of ranks see the "
              "same drawings. Equal captions are scored once. s: seconds a picture in float32 on "
              f"{time['threads']} cores, the fastest of three passes over {time['items']} pictures, one by one.", "",
-             "Gain at equal cost: " + "; ".join(
+             "Differences of gain: " + "; ".join(
                  f"{name}, {', '.join(f'{with_interval(x)} {d}' for d, x in equal[key].items())}" for key, name in (
-                     ("denoise 16 minus few", "16 noises minus drawing in 8 steps"),
-                     ("halved 60 minus denoise 6", "`--budget 60` minus 6 noises"))) + ".",
+                     ("denoise 16 minus few", "16 noises minus drawing in 8 steps (equal cost)"),
+                     ("halved 60 minus denoise 6", "`--budget 60` minus 6 noises (equal cost)"),
+                     ("denoise 64 minus denoise 12", "64 noises minus 12"))) + ".",
              "", "By the number of noises (of one set of 64, not the 12 of the default), and by sums of ranks:", "",
              table(lambda k: k not in NAMES)]
     for d in DOMAINS:
@@ -130,10 +131,10 @@ def text_val(found):
              with_interval(r["minus even"])] for r in sorted(found["rows"], key=lambda r: -r["gain"])]
     return [f"The gain of choosing one of ten captions of {found['items']} val scenes (mean CIDEr {found['mean']:.1f}) "
             "by 12 draws over the whole schedule, or by those of them that lie in a part of it. Weights multiply the "
-            "velocity loss, the miniature's own. In the full run no part is better than as many draws over the whole, "
-            "and no weight better than none, so the score has neither. (An earlier val of 300 scenes preferred "
-            "min(SNR, 5); the test sets, measured with that score, already had even weights ahead when these 900 "
-            "scenes were drawn to settle it.)", "",
+            "velocity loss, the miniature's own. In the full run no part is better than as many draws over the whole "
+            "by more than its interval, and no weight better than none: the score has neither. (An earlier val of 300 "
+            "scenes preferred min(SNR, 5); the test sets, measured with that score, already had even weights ahead "
+            "when these 900 scenes were drawn to settle it.)", "",
             markdown(["timesteps", "weight", "draws", "gain [95 %]", "minus as many draws over 0 to 1, even"], rows)]
 
 

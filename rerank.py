@@ -43,7 +43,7 @@ def flags(argv=None):
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
     p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, by halving; a noise "
                    "a round at least")
-    p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too, two seeds")
+    p.add_argument("--agree", type=int, default=0, help="score the first K pictures by the full cycle too, two seeds")
     p.add_argument("--words", action="store_true", help="what each word of the chosen caption adds (denoising loss)")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: captions for TRL's DPO (JSON "
                    "lines), or pictures for Diffusion-DPO (parquet)")
@@ -116,14 +116,15 @@ def gather(args, data):
 
 # ---------------------------------------------------------------- what is kept
 def place(args, direction):
-    """The default --out: the first of out/rerank, out/rerank-2 ... that is new or holds a run of these settings."""
-    for i in itertools.count(1):
-        args.out = Path(f"out/rerank-{i}" if i > 1 else "out/rerank")
+    """The default --out: of out/rerank, out/rerank-2 ... one that holds a run of these settings, else the next new."""
+    folders = [Path("out/rerank"), *(Path(f"out/rerank-{i}") for i in range(2, 1000))]
+    for args.out in sorted(folders, key=lambda x: not (x / "settings.json").exists()):
         try:
             resume(args, direction)
             return args.out
         except ValueError:
             continue
+    raise ValueError("out/rerank and 998 more hold runs of other settings: say --out")
 
 
 def resume(args, direction):
@@ -338,8 +339,10 @@ def agreement(groups, items, metrics):
     scores that share no noise with it; --scorer few starts from the same."""
     import numpy as np
     from scipy.stats import kendalltau
-    columns = list(next(iter(groups.values()))[0]["scores"])
-    other = next(k for k in columns if k.endswith(" again"))
+    columns = list(dict.fromkeys(k for v in groups.values() for k in v[0]["scores"]))
+    other = next((k for k in columns if k.endswith(" again")), None)
+    if other is None:
+        return ["--agree: no item was scored by the full cycle, which needs a likeness"]
     full = other.removesuffix(" again") + (" full" if other.replace(" again", " full") in columns else "")
     groups = {k: v for k, v in groups.items() if v[0]["scores"].get(other) is not None}
     references = {x.name: x.captions for x in items if len(x.captions) > 1}
@@ -360,7 +363,7 @@ def agreement(groups, items, metrics):
         tau = np.nanmean([kendalltau(x, y).statistic for x, y in zip(a, b) if len(set(x)) > 1 < len(set(y))])
         lines.append(f"  {name:16s} same first choice {top:.2f}   Kendall tau {tau:+.2f}"
                      + (f"   CIDEr gain {gain[name]:+.1f} of {gain[full]:+.1f}, {gain[name] / gain[full]:.2f}"
-                        if gain and gain[full] else ""))
+                        if gain and gain[full] > 0 else ""))
     return lines
 
 

@@ -6,8 +6,8 @@
     python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
 Candidates, drawings and training come from rerank.py and finetune.py, run as a user runs them; this file adds what they
-do not keep, the denoising loss of every candidate at every draw. Settings are chosen on val; test (in), near and out
-are read once.
+do not keep, the denoising loss of every candidate at every draw. Settings are chosen on val, not on test (in), near and
+out; RESULTS.md, "Which timesteps?", says where that was not blind.
 """
 import argparse
 import collections
@@ -53,8 +53,7 @@ def flags(argv=None):
     args.out, args.work = args.out.resolve(), args.work.resolve()
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
-    args.items, args.steps = (16, 15) if args.quick else (500, 50)
-    args.deep = 8 if args.quick else 500                         # items of a domain for few steps, 64 draws, --budget
+    args.items, args.steps = (14, 15) if args.quick else (500, 50)
     return args
 
 
@@ -140,8 +139,7 @@ def candidates(args):
         common = ["--data", data, "--split", domain, "--dtype", args.dtype]
         run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", max(3, args.items // 5), "--steps", args.steps,
             *common, "--out", args.work / f"full-{domain}")
-        run(args, "rerank.py", "-n", 10, "--scorer", "few", "--limit", args.deep, *common, "--out",
-            args.work / f"few-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", "few", *common, "--out", args.work / f"few-{domain}")
         run(args, "rerank.py", "-n", 3, "--scorer", "few", "--way", "beam", *common, "--out",
             args.work / f"beam-{domain}")
 
@@ -274,11 +272,10 @@ def gather(args, domain, metrics, world, data):
     names = list(drawn)
     pool = [drawn[k] + beam[k] for k in names]
     said = [[r["caption"] for r in rows] for rows in pool]
-    few = {k: few[k] for k in names[:args.deep]}
-    if any(r["caption"] != s["caption"] for k, rows in few.items() for r, s in zip(drawn[k], rows, strict=True)):
+    if any(r["caption"] != s["caption"] for k in names for r, s in zip(drawn[k], few[k], strict=True)):
         raise ValueError(f"{args.work}: full-{domain} and few-{domain} hold other captions; remove them")
     jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 12, (0, 1)) for k, c in zip(names, said)]
-    ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)][:args.deep]
+    ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)]
     own = denoised(args, f"denoise-{domain}", jobs)
     loss = denoised(args, f"draws-{domain}", [(*job, 64, (0, 1)) for job in ten])
     halved = denoised(args, f"halved-{domain}", [(*job, 60, None) for job in ten])
@@ -287,8 +284,7 @@ def gather(args, domain, metrics, world, data):
              for name in ("clip", "dino", "pixel")}
     for name in ("clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
-    score["few"] = np.array([[r["scores"]["clip"] for r in few[k] + beam[k]] if k in few else [math.nan] * 13
-                             for k in names])
+    score["few"] = np.array([[r["scores"]["clip"] for r in few[k] + beam[k]] for k in names])
     score["again"] = np.array([[r["scores"].get("clip again") for r in drawn[k]] for k in names], np.float64)
     full = unique * 2 * args.steps
     cost = {"clip": full, "dino": full, "pixel": full, "again": full, "few": unique * 16, "denoise": unique * 12,
@@ -299,7 +295,7 @@ def gather(args, domain, metrics, world, data):
         score[f"denoise {draws}"] = by_caption(part, names, [c[:10] for c in said])
         cost[f"denoise {draws}"] = unique * draws
     score["halved 60"] = by_caption({k: (c, -x[0]) for k, (c, _, x) in halved.items()}, names, [c[:10] for c in said])
-    cost["halved 60"] = np.array([halved[k][1][0] if k in halved else 0 for k in names])
+    cost["halved 60"] = np.array([halved[k][1][0] for k in names])
     scenes = [scene_of(items[k].path, world) for k in names]
     quality = {"facts": np.array([[truth(c, s, world) for c in row] for row, s in zip(said, scenes)])}
     return {"names": names, "said": said, "score": score, "cost": cost, "quality": quality,
@@ -308,9 +304,9 @@ def gather(args, domain, metrics, world, data):
 
 
 def by_caption(values, names, said):
-    """(items, n) of {item: (captions, their values)}; nan where an item has none."""
-    found = [dict(zip(*values[k])) if k in values else {} for k in names]
-    return np.array([[f.get(c, math.nan) for c in row] for f, row in zip(found, said)])
+    """(items, n) of {item: (captions, their values)}."""
+    found = [dict(zip(*values[k])) for k in names]
+    return np.array([[f[c] for c in row] for f, row in zip(found, said)])
 
 
 def together(args, metrics, world, data):
@@ -375,8 +371,8 @@ def scorers(args):
     for name in (*w["score"], *SUMS):
         first, pool = pick(w["score"], name, 10), pick(w["score"], name, 13)
         here = ~np.isnan(first).any(1)
-        parts = [w["cost"].get(k) for k in name.removeprefix("ranks: ").split(" + ")]
-        row = {"evaluations": None if parts[0] is None else float(sum(parts)[here].mean()), "items": int(here.sum())}
+        cost = sum(w["cost"][k] for k in name.removeprefix("ranks: ").split(" + "))
+        row = {"evaluations": float(cost[here].mean()), "items": int(here.sum())}
         a, b = first.argmax(1), full.argmax(1)
         same = np.array([said[i][j] == said[i][k] for i, (j, k) in enumerate(zip(a, b))])
         tau = np.array([kendalltau(x, y).statistic for x, y in zip(first, full)])
@@ -397,12 +393,13 @@ def scorers(args):
                 row[domain]["with_beams"] = mean_of(quality[at, d], metrics)
                 row[domain]["with_beams_over_beam"] = mean_of(quality[at, d] - beam[at], metrics)
         rows[name] = row
-    ahead = {f"{a} minus {b}": picked[a] - picked[b] for a, b in (("denoise 16", "few"), ("halved 60", "denoise 6"))}
+    ahead = {f"{a} minus {b}": picked[a] - picked[b] for a, b in (
+        ("denoise 16", "few"), ("halved 60", "denoise 6"), ("denoise 64", "denoise 12"))}
     by_domain = {d: (w["domain"] == d) | (d == "all") for d in ("all", *DOMAINS)}
     keep(args, "scorers", {
         "beam": {d: mean_of(beam[at], metrics) for d, at in by_domain.items()}, "scorers": rows,
-        "at equal cost": {k: {d: mean_of(x[at & ~np.isnan(x)], metrics) for d, at in by_domain.items()}
-                          for k, x in ahead.items()},
+        "differences": {k: {d: mean_of(x[at & ~np.isnan(x)], metrics) for d, at in by_domain.items()}
+                        for k, x in ahead.items()},
         "seconds": seconds(args, w, data, metrics)})
 
 

@@ -210,6 +210,7 @@ def test_agreement_by_hand():
     assert lines[1].split("choice ")[1] == (f"0.50   Kendall tau +0.00   CIDEr gain {gain[0]:+.1f} of {gain[1]:+.1f}, "
                                             f"{gain[0] / gain[1]:.2f}")
     assert "first choice 1.00   Kendall tau +1.00" in lines[2] and lines[2].endswith(", 1.00")
+    assert "no item was scored" in rerank.agreement({"x": [{"caption": "a", "scores": {"denoise": 1}}]}, [], metrics)[0]
     with pytest.raises(ValueError, match="--agree needs pictures"):
         run("a red ring", "--agree", 1, "--likeness", "cider", out="out/never")
 
@@ -224,6 +225,8 @@ def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch):
     own = ["-n", "3", "--steps", "2", "--scorer", "full"]
     for more, name in (([], "rerank"), (["--seed", "1"], "rerank-2"), (["--seed", "2"], "rerank-3")):
         assert rerank.place(rerank.flags([*own, *more]), "image-text-image") == rerank.Path("out") / name
+    shutil.rmtree(tmp_path / "out/rerank")
+    assert rerank.place(rerank.flags([*own, "--seed", "1"]), "image-text-image").name == "rerank-2"
 
 
 def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch, capsys):
