@@ -20,8 +20,8 @@ PAPER = {"findings": {"clip": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, 
                       "all four": "Table 3: 111.8 (in 114.9, near 110.8, out 112.9)"},
          "drawings": {"none": "Table 4: .4039", "ig": "Table 4: .4077", "all four": "Table 4: .3978"}}
 NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
-         "few": "few steps (8), CLIP", "again": "full cycle, CLIP, another seed",
-         "clipscore": "*no cycle:* CLIP(picture, caption)",
+         "sbert": "full cycle, SBERT", "cider": "full cycle, CIDEr", "few": "few steps (8), CLIP",
+         "again": "full cycle, CLIP, another seed", "clipscore": "*no cycle:* CLIP(picture, caption)",
          "likelihood": "*no cycle:* log-likelihood", "denoise": "denoise, 12 noises (default)",
          "halved 60": "denoise, `--budget 60`"}
 

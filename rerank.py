@@ -503,7 +503,7 @@ def main(args):
     if world > 1:
         dist.init_process_group("gloo")
     direction, items = gather(args, data)
-    if args.scorer is None:                                     # by RESULTS.md, "Which caption, at what price?"
+    if args.scorer is None:          # by RESULTS.md, "Which caption, at what price?" and "Which picture, in few steps?"
         args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
     if not args.steps and (direction == TEXT or args.scorer != "denoise"):
         raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")

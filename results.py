@@ -812,7 +812,7 @@ def from_texts(args, kind, limit, scorer):
     jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
             for (_, group), (x, d) in zip(rows, items)]
     found = measured(args, f"denoise-{kind}", measure_pictures, jobs)
-    for name, of in (("denoise", "own"), ("denoise, less the empty caption", "less")):
+    for name, of in (("denoise 12", "own"), ("denoise 12, less the empty caption", "less")):
         scores[name] = np.array([found[job[1]][of] for job in jobs])
     table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
     sets, every = {}, {"a random one": np.random.default_rng(0).random((len(items), 10))} | scores
