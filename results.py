@@ -11,6 +11,7 @@ out; RESULTS.md, "Which timesteps?", says where that was not blind.
 """
 import argparse
 import collections
+import functools
 import itertools
 import json
 import math
@@ -53,7 +54,7 @@ def flags(argv=None):
     args.out, args.work = args.out.resolve(), args.work.resolve()
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
-    args.items, args.steps = (14, 15) if args.quick else (500, 50)
+    args.items, args.steps = (12, 15) if args.quick else (500, 50)
     return args
 
 
@@ -177,12 +178,17 @@ def measure_pictures(job):
     return {"item": item, "own": own.tolist(), "less": (own - none).tolist()}
 
 
-def measured(args, name, f, jobs):
-    """{item: f(job)} of jobs (where its pictures are, item, settings ...), by --processes processes of one thread, each
-    with the generator; a line an item in work/NAME.jsonl, where what is done by the same settings is not done again."""
+@functools.cache
+def workers(processes, dtype):
+    """Processes of one thread, each with the generator, for all that `measured` has to do."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (dtype,))
 
+
+def measured(args, name, f, jobs):
+    """{item: f(job)} of jobs (where its pictures are, item, settings ...), by --processes `workers`; a line an item in
+    work/NAME.jsonl, where what is done by the same settings is not done again."""
     from tqdm import tqdm
     path, done = args.work / f"{name}.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -192,11 +198,11 @@ def measured(args, name, f, jobs):
     setting = {job[1]: json.loads(json.dumps([*job[2:], args.dtype])) for job in jobs}
     todo = [job for job in jobs if done.get(job[1], {}).get("setting") != setting[job[1]]]
     if todo:
-        with open(path, "a", buffering=1) as out, ProcessPoolExecutor(
-                args.processes, multiprocessing.get_context("spawn"), start, (args.dtype,)) as pool:
+        with open(path, "a", buffering=1) as out:
             if out.tell():
                 out.write("\n")
-            for row in tqdm(pool.map(f, todo, chunksize=4), total=len(todo), desc=name):
+            rows = workers(args.processes, args.dtype).map(f, todo, chunksize=4)
+            for row in tqdm(rows, total=len(todo), desc=name):
                 row["setting"] = setting[row["item"]]
                 out.write(json.dumps(row) + "\n")
                 done[row["item"]] = row

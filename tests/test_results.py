@@ -170,16 +170,10 @@ def test_denoised_does_nothing_twice(tmp_path, monkeypatch):
     args, calls = results.flags(["--work", str(tmp_path)]), []
 
     class Pool:
-        def __init__(self, *args):
-            pass
-
-        __enter__ = lambda self: self                                                           # noqa: E731
-        __exit__ = lambda self, *args: None                                                     # noqa: E731
-
         def map(self, f, jobs, chunksize):
             calls.append(len(jobs))
             return [{"item": j[1], "captions": j[2], "timesteps": [0] * j[3], "loss": [[0.0]] * j[3]} for j in jobs]
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(results, "workers", lambda processes, dtype: Pool())
     jobs = [("x.png", f"item {i}", ["a ring"], 2, (0, 1)) for i in range(3)]
     for change, want in (((), [3]), ((), [3]), ((2, ["a box"]), [3, 1]), ((3, 4), [3, 1, 1]), ((), [3, 1, 1, 1])):
         job = list(jobs[0])
