@@ -114,6 +114,16 @@ def gather(args, data):
     return (IMAGE if pictures else TEXT), list(chosen.values())[:args.limit]
 
 
+def decide(args, direction):
+    """The default --scorer; refuses what does not go together."""
+    if args.scorer is None:          # by RESULTS.md, "Which caption, at what price?" and "Which picture, in few steps?"
+        args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
+    if not args.steps and (direction == TEXT or args.scorer != "denoise"):
+        raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
+    if args.agree and direction == TEXT:
+        raise ValueError("--agree needs pictures as inputs")
+
+
 # ---------------------------------------------------------------- what is kept
 def place(args, direction):
     """The default --out: of out/rerank, out/rerank-2 ... one that holds a run of these settings, else the next new."""
@@ -503,12 +513,7 @@ def main(args):
     if world > 1:
         dist.init_process_group("gloo")
     direction, items = gather(args, data)
-    if args.scorer is None:          # by RESULTS.md, "Which caption, at what price?" and "Which picture, in few steps?"
-        args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
-    if not args.steps and (direction == TEXT or args.scorer != "denoise"):
-        raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
-    if args.agree and direction == TEXT:
-        raise ValueError("--agree needs pictures as inputs")
+    decide(args, direction)
     if args.out is None and place(args, direction).name != "rerank" and rank == 0:
         print(f"rerank.py: out/rerank holds a run of other settings; this one is in {args.out}", file=sys.stderr)
     if world > 1:
