@@ -43,7 +43,7 @@ def flags(argv=None):
     p.add_argument("--draws", type=int, default=12, help="noises of each candidate in --scorer denoise")
     p.add_argument("--budget", type=int, help="UNet evaluations an item in --scorer denoise, by halving; a noise "
                    "a round at least")
-    p.add_argument("--agree", type=int, default=0, help="score the first K pictures by the full cycle too, two seeds")
+    p.add_argument("--agree", type=int, default=0, help="score the first K items by the full cycle too (images twice)")
     p.add_argument("--words", action="store_true", help="what each word of the chosen caption adds (denoising loss)")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: captions for TRL's DPO (JSON "
                    "lines), or pictures for Diffusion-DPO (parquet)")
@@ -120,8 +120,6 @@ def decide(args, direction):
         args.scorer = "full" if direction == TEXT or ".py:" in args.generator else "denoise"
     if not args.steps and (direction == TEXT or args.scorer != "denoise"):
         raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
-    if args.agree and direction == TEXT:
-        raise ValueError("--agree needs pictures as inputs")
 
 
 # ---------------------------------------------------------------- what is kept
@@ -324,40 +322,49 @@ def converse(args, direction, cycle, captioner, generator, judges, ready, agree)
             for name, of in (("denoise", "score"), ("denoise error", "error"), ("denoise gap", "gap"))})
     nan = torch.full((len(values), args.n), torch.nan, dtype=torch.float64)
     for again in (False, True):
-        if not any(agree) or not again and args.scorer == "full":
-            continue
+        if not any(agree) or (args.scorer == "full" if not again else direction == TEXT):
+            continue                                                    # another seed draws other pictures of a text
         some, seed = [i for i, a in enumerate(agree) if a], args.seed + again * 7919
         steps, pipe = draw if args.scorer == "full" else draw | {"steps": 50}, getattr(generator, "pipe", None)
         if args.scorer == "few":                                        # the checkpoint's own for a while
             kept = pipe.scheduler, pipe.vae
             pipe.scheduler, pipe.vae = generator.scheduler, generator.vae
-        texts = list(dict.fromkeys((i, c) for i in some for c in talk.captions[i]))
-        drawn = generator.draw([c for _, c in texts], [names[i] for i, _ in texts], seed, **steps)
+        if direction == TEXT:
+            found = whole(captioner, generator, [values[i] for i in some], args.n, judges.pairs, seed,
+                          [names[i] for i in some], said, steps).scores
+        else:
+            texts = list(dict.fromkeys((i, c) for i in some for c in talk.captions[i]))
+            drawn = generator.draw([c for _, c in texts], [names[i] for i, _ in texts], seed, **steps)
+            echoes = [drawn[[texts.index((i, c)) for c in talk.captions[i]]] for i in some]
+            found = {name: [torch.as_tensor(f(echo, values[i][None])).double() for i, echo in zip(some, echoes)]
+                     for name, f in judges.pairs.items()}
         if args.scorer == "few":
             pipe.scheduler, pipe.vae = kept
-        for name, f in judges.pairs.items():
+        for name, rows in found.items():
             column = talk.scores.setdefault(f"{name} {'again' if again else 'full'}", nan.clone())
-            for i in some:
-                echo = drawn[[texts.index((i, c)) for c in talk.captions[i]]]
-                column[i] = torch.as_tensor(f(echo, values[i][None])).double()
+            for i, row in zip(some, rows):
+                column[i] = row
     return talk
 
 
 def agreement(groups, items, metrics):
     """Lines: how each score agrees with the full cycle's first likeness on the items scored both ways: the same chosen
-    caption, Kendall's tau, the CIDEr gain beside its own. `again`, the full cycle under another seed, is the ceiling of
-    scores that share no noise with it; --scorer few starts from the same."""
+    caption, or picture of a sentence, Kendall's tau, of captions the CIDEr gain beside its own. `again`, the full cycle
+    under another seed, is the ceiling of scores that share no noise with it; --scorer few starts from the same."""
     import numpy as np
     from scipy.stats import kendalltau
     columns = list(dict.fromkeys(k for v in groups.values() for k in v[0]["scores"]))
-    other = next((k for k in columns if k.endswith(" again")), None)
+    other = next((k for k in columns if k.endswith((" again", " full"))), None)
     if other is None:
-        return ["--agree: no item was scored by the full cycle, which needs a likeness"]
-    full = other.removesuffix(" again") + (" full" if other.replace(" again", " full") in columns else "")
+        return ["--agree: no item was scored by the full cycle, which needs a likeness"
+                + " (and of sentences --scorer denoise or few)"]
+    chosen = "caption" if next(iter(groups.values()))[0]["direction"] == IMAGE else "candidate"
+    full = other.removesuffix(" again")
+    full += " full" * (f"{full} full" in columns)
     groups = {k: v for k, v in groups.items() if v[0]["scores"].get(other) is not None}
     references = {x.name: x.captions for x in items if len(x.captions) > 1}
     gain = {}
-    if len(references) > 1 and set(groups) <= set(references):
+    if chosen == "caption" and len(references) > 1 and set(groups) <= set(references):
         df = metrics.document_frequency(list(references.values()))
         quality = [100 * metrics.cider([r["caption"] for r in v], [references[k]] * len(v), df)
                    for k, v in groups.items()]
@@ -368,7 +375,7 @@ def agreement(groups, items, metrics):
         if name == full or name.endswith(" full"):
             continue
         a, b = ([[value(r, c) for r in v] for v in groups.values()] for c in (name, full))
-        top = np.mean([v[np.argmax(x)]["caption"] == v[np.argmax(y)]["caption"]
+        top = np.mean([v[np.argmax(x)][chosen] == v[np.argmax(y)][chosen]
                        for x, y, v in zip(a, b, groups.values())])
         tau = np.nanmean([kendalltau(x, y).statistic for x, y in zip(a, b) if len(set(x)) > 1 < len(set(y))])
         lines.append(f"  {name:16s} same first choice {top:.2f}   Kendall tau {tau:+.2f}"

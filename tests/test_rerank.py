@@ -162,7 +162,7 @@ def test_denoise_draws_only_the_winner_and_agrees(tmp_path, capsys):
     assert "not drawn" not in (tmp_path / "index.html").read_text() and (tmp_path / "sheet.png").exists()
 
 
-def test_few_and_text_by_denoising(tmp_path):
+def test_few_and_text_by_denoising(tmp_path, capsys):
     few = ["--limit", "1", "--n", "2", "--device", "cpu", "--likeness", "pixel", "--scorer", "few"]
     assert rerank.flags(few).steps == 8
     assert rerank.main(rerank.flags([*few, "--out", str(tmp_path / "few")])) == 0
@@ -176,9 +176,14 @@ def test_few_and_text_by_denoising(tmp_path):
     good, mud = ([x["scores"] for x in map(json.loads, (tmp_path / d / "candidates.jsonl").read_text().splitlines())]
                  for d in ("few", "mud"))
     assert all(g["pixel"] > m["pixel"] and m["pixel full"] > m["pixel"] for g, m in zip(good, mud))
-    argv = ["a red ring", "--n", "3", "--steps", "3", "--device", "cpu", "--scorer", "denoise", "--likeness", "sbert",
-            "--out", str(tmp_path / "text")]
-    assert rerank.main(rerank.flags(argv)) == 0
+    argv = ["a red ring", "--n", "3", "--steps", "50", "--device", "cpu", "--likeness", "sbert", "--out"]
+    own = ["--scorer", "denoise", "--agree", "1", str(tmp_path / "text")]
+    assert rerank.main(rerank.flags([*argv[:-1], *own[:-1], "--out", own[-1]])) == 0
+    assert rerank.main(rerank.flags([*argv, str(tmp_path / "whole")])) == 0
+    assert "agreement with sbert full on 1 items" in capsys.readouterr().out
+    both = [[json.loads(x)["scores"] for x in (tmp_path / k / "candidates.jsonl").read_text().splitlines()]
+            for k in ("text", "whole")]
+    assert [r["sbert full"] for r in both[0]] == pytest.approx([r["sbert"] for r in both[1]], abs=1e-5)
     rows = [json.loads(x) for x in (tmp_path / "text/candidates.jsonl").read_text().splitlines()]
     assert all(r["picture"] and r["caption"] == "a red ring" for r in rows)
     assert len({r["scores"]["denoise"] for r in rows}) == 3
@@ -199,9 +204,10 @@ def test_agreement_by_hand():
     import metrics
     from data import Item
     said, references = ["a red ring", "a blue box", "two green hearts"], [["a red ring", "a red hoop"], ["a blue box"]]
-    groups = {k: [{"caption": c, "scores": {"clip": s, "clip full": f, "clip again": f}}
+    image = {"direction": "image-text-image"}
+    groups = {k: [image | {"caption": c, "scores": {"clip": s, "clip full": f, "clip again": f}}
                   for c, s, f in zip(said, some, (3, 2, 1))] for k, some in (("x", (.3, .2, .1)), ("y", (.1, .2, .3)))}
-    groups["z"] = [{"caption": c, "scores": {"clip": 0, "clip full": None, "clip again": None}} for c in said]
+    groups["z"] = [image | {"caption": c, "scores": {"clip": 0, "clip full": None, "clip again": None}} for c in said]
     lines = rerank.agreement(groups, [Item(k, None, [*r, ""]) for k, r in zip("xy", references)], metrics)
     quality = [100 * metrics.cider(said, [[*r, ""]] * 3, metrics.document_frequency([[*r, ""] for r in references]))
                for r in references]
@@ -211,8 +217,6 @@ def test_agreement_by_hand():
                                             f"{gain[0] / gain[1]:.2f}")
     assert "first choice 1.00   Kendall tau +1.00" in lines[2] and lines[2].endswith(", 1.00")
     assert "no item was scored" in rerank.agreement({"x": [{"caption": "a", "scores": {"denoise": 1}}]}, [], metrics)[0]
-    with pytest.raises(ValueError, match="--agree needs pictures"):
-        run("a red ring", "--agree", 1, "--likeness", "cider", out="out/never")
 
 
 def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch):
