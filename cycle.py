@@ -97,7 +97,7 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
 @dataclass
 class Denoised:
     """What the generator's denoising loss says of n candidates: score (n,) float64, higher = better; error (n,), the
-    standard error of each score; gap (n,), that of its difference to the best, both nan where there was one draw;
+    standard error of each score; gap (n,), that of its difference to the best, both nan where a round had one draw;
     evaluations of the UNet; and what all this comes from, loss (draws, n) float64 (nan after a candidate dropped out)
     at timesteps (draws,)."""
     score: torch.Tensor
