@@ -96,6 +96,8 @@ def bench_scores(args):
 
 def bench_step(args):
     """A step of all four losses on the miniature, batch 8: the split backward beside one graph, and the parts."""
+    import dataclasses
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,6 +109,7 @@ def bench_step(args):
     for model, end in ((captioner.model, "crossattention.self.query.weight"), (generator.unet, "attn2.to_q.weight")):
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith(end))
+    queries = [p for p in generator.unet.parameters() if p.requires_grad]
     way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, generator.text_encoder.get_input_embeddings().weight,
                         len(captioner.head.weight), begin=captioner.prompt[0], end=captioner.end)
 
@@ -123,11 +126,22 @@ def bench_step(args):
 
     def step(weights, **options):
         losses.joint(captioner, generator, cross, batch, weights, **options)[0].backward()
+
+    def own():
+        """tg of the batch, and ir of as many pictures that the captioner describes itself (finetune.py --own)."""
+        step({"tg": eighth})
+        generator.unet.requires_grad_(False)
+        words = [row[0] for row in captioner.speak(images, 1)[0]]
+        theirs = dataclasses.replace(batch, captions=words, layout=way.layout(words, len(captioner.prompt) - 1))
+        losses.joint(captioner, generator, cross, theirs, {"ir": eighth})[0].backward()
+        for p in queries:
+            p.requires_grad_()
     rows, eighth = {}, 1 / 8
     for name, f in {"tg": lambda: step({"tg": eighth}), "ig": lambda: step({"ig": eighth}),
                     "tg and ig, apart": lambda: [step({"tg": eighth}), step({"ig": eighth})],
                     "tg and ir": lambda: step({"tg": eighth, "ir": eighth}),
                     "ig and tr": lambda: step({"ig": eighth, "tr": eighth}, chunk=8),
+                    "tg, and ir of own words": own,
                     "four losses apart": lambda: [step({k: eighth}, chunk=8) for k in every],
                     "all four": lambda: step(every, chunk=8),
                     "all four, one graph": lambda: step(every, split=False, chunk=8),

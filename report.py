@@ -14,7 +14,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 DOMAINS = ("in", "near", "out")
 # The paper's own numbers, in columns of their own: NoCaps; captions by BLIP ViT-B, pictures by Stable Diffusion v1-4
-PAPER = {"findings": {"clip": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)"},
+PAPER = {"Finding I": {"CIDEr": {"clip": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)"}},
+         "Finding II": {"CLIP": {"clip": "Table 2: distance 40.54 -> 33.47"}},
          "sets": {"a random one": "Table 2: FID 32.37, IS 41.19", "clip": "Table 2: FID 29.59, IS 45.64"},
          "captions": {"none": "Table 3: 109.7 (in 111.8, near 108.6, out 111.5)", "tg": "Table 5, w/o IR: 109.7",
                       "all four": "Table 3: 111.8 (in 114.9, near 110.8, out 112.9)"},
@@ -23,7 +24,8 @@ NAMES = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full 
          "sbert": "full cycle, SBERT", "cider": "full cycle, CIDEr", "few": "few steps (8), CLIP",
          "again": "full cycle, CLIP, another seed", "clipscore": "*no cycle:* CLIP(picture, caption)",
          "likelihood": "*no cycle:* log-likelihood", "denoise": "denoise, 12 noises (default)",
-         "halved 60": "denoise, `--budget 60`"}
+         "halved 60": "denoise, `--budget 60`", "denoised": "denoise, 12 noises",
+         "denoised less": "denoise, 12 noises, less the empty caption"}
 
 
 def flags(argv=None):
@@ -34,15 +36,23 @@ def flags(argv=None):
 
 # ---------------------------------------------------------------- tables
 def name_of(key):
-    key = re.sub(r"^denoise (\d+)", r"denoise, \1 noises", NAMES.get(key, key)).replace(" 1 noises", " 1 noise")
-    return key.replace("ranks: ", "sum of ranks: ")
+    key = re.sub(r"^denoise (\d+)$", r"denoise, \1 noises of a set", NAMES.get(key, key))
+    return key.replace(" 1 noises", " 1 noise").replace("ranks: ", "sum of ranks: ")
 
 
 def with_interval(x, digits=1, sign=True):
     """A mean and its 95 % interval: {value, low, high} of mean_of, or {gain, interval} of metrics.choices."""
-    value, (low, high) = x.get("value", x.get("gain")), x.get("interval") or (x["low"], x["high"])
+    low, high = interval(x)
     s = "+" if sign else ""
-    return f"{value:{s}.{digits}f} [{low:{s}.{digits}f}, {high:{s}.{digits}f}]"
+    return f"{value(x):{s}.{digits}f} [{low:{s}.{digits}f}, {high:{s}.{digits}f}]"
+
+
+def value(x):
+    return x.get("value", x.get("gain"))
+
+
+def interval(x):
+    return x.get("interval") or (x["low"], x["high"])
 
 
 def markdown(head, rows):
@@ -77,12 +87,11 @@ def text_scorers(found):
              "share no noise with it: few steps start from the same noise; DINO, pixels and sums of ranks see the "
              "same drawings. Equal captions are scored once. s: seconds a picture in float32 on "
              f"{time['threads']} cores, the fastest of three passes over {time['items']} pictures, one by one.", "",
-             "Differences of gain: " + "; ".join(
-                 f"{name}, {', '.join(f'{with_interval(x)} {d}' for d, x in equal[key].items())}" for key, name in (
-                     ("denoise 16 minus few", "16 noises minus drawing in 8 steps (equal cost)"),
-                     ("halved 60 minus denoise 6", "`--budget 60` minus 6 noises (equal cost)"),
-                     ("denoise 64 minus denoise 12", "64 noises minus 12"))) + ".",
-             "", "By the number of noises (of one set of 64, not the 12 of the default), and by sums of ranks:", "",
+             "Differences of gain (16 noises and few steps cost the same, so do 60 evaluations and 6 noises):", "",
+             markdown(["difference", "all", *DOMAINS], [
+                 [" - ".join(map(name_of, k.split(" minus "))), *(with_interval(x[d]) for d in ("all", *DOMAINS))]
+                 for k, x in equal.items()]), "",
+             "By the number of noises (of one larger set, not the 12 of the default), and by sums of ranks:", "",
              table(lambda k: k not in NAMES)]
     for d in DOMAINS:
         lines += ["", f"**{d}**: a random caption {found['scorers']['clip'][d]['mean']:.1f}, beam search "
@@ -153,38 +162,52 @@ def text_signal(found):
 
 
 def text_joint(found):
-    chosen = found["chosen"]
-    lines = [f"{found['steps']} steps of 8, {found['seeds']} seeds, query projections. Learning rate and weight of ir, "
-             f"chosen on val: {chosen['paired'][0]:g} and {chosen['paired'][1]:g} where every picture has a human "
-             f"caption, {chosen['own'][0]:g} and {chosen['own'][1]:g} with own words, {chosen['known'][0]:g} of "
-             f"known pairs without ir; of the generator {found['generator_lr']:g}. Means over seeds, 95 % intervals "
-             "over scenes nothing was trained on; they leave out the spread between seeds, which is printed.", "",
+    paired, own, known = (found["chosen"][k] for k in ("paired", "own", "known"))
+    lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Chosen on val, for rows that are compared with "
+             "each other: where every picture has a human caption, "
+             f"{paired['steps']} steps, learning rate {paired['lr']:g}, ir weighs {paired['ir']:g}; with own words "
+             f"{own['steps']}, {own['lr']:g}, {own['ir']:g}; of known pairs without ir {known['steps']}, "
+             f"{known['lr']:g}; tr weighs {found['chosen']['tr']:g}; the generator's rate is "
+             f"{found['chosen']['generator']:g}. `known pairs: tg + ir` is own words without the own words, at their "
+             "settings. Means over seeds; 95 % intervals resample scenes nothing was trained on, and the "
+             f"{found['seeds']} seeds.", "",
              "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only "
              "pictures and captions of pairs that the captioner has always known. `own words`: the same, and beside it "
              "pictures of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to "
-             f"beat, is the same described pictures without the other model ({against(found)}). The val scenes, by "
-             "which settings were chosen, are of all domains.", "", *captioner_tables(found), *generator_table(found)]
+             "beat, is the same described pictures without the other model. The val scenes, by which settings were "
+             "chosen, are of all domains.", "", *captioner_tables(found), *generator_table(found)]
     if not found["val"]:                                                                       # of --quick
         return lines
     tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
              for k, v in found["val"].items()]
-    lines += ["**Tried on val** (seed 99; by CIDEr, the generator's learning rate by the denoising loss)", "",
+    lines += ["**Tried on val** (means of two seeds; by CIDEr, the generator's rate by the denoising loss)", "",
               markdown(["run", "CIDEr", "true facts", "denoising loss"], tried), ""]
+    first, change = found["norms"]["all four"], found["rows"]["ig"]["all"]["ig minus none"]
+    rates = ", ".join(f"{k[4:]} {v['ig']:.5f}" for k, v in found["val"].items() if k.startswith("ig, "))
+    lines += ["**Where nothing is gained, what there is to see.** With a human caption for every picture, a larger "
+              "weight of ir is no better on val (above), so it is not that ir is too weak, though its gradient on the "
+              f"captioner is {first['norm_ir']['captioner'] / first['norm_tg']['captioner']:.2f} of tg's at the first "
+              "step: the human caption already says it. tr reads a picture from which, at most timesteps, the caption "
+              "is read as well as from the original (\"What is there to learn from?\"): it is tg again on a near copy. "
+              f"The generator's own loss does not fall: ig alone changes it by {with_interval(change, 6)}, and on val "
+              f"(untrained {found['val']['none']['ig']:.5f}) with every learning rate tried ({rates}): trained long "
+              "before on the same world, its query projections have little left to gain from more of it.", ""]
     norms = [[name, k.removeprefix("norm_"), *(f"{v[side]:.3f}" for side in ("captioner", "generator"))]
              for name, row in found["norms"].items() for k, v in row.items()]
     return [*lines, "**Gradient norms** at the first step, weights included", "",
             markdown(["run", "loss", "captioner", "generator"], norms), "",
             "**Before and after** (the figure): the first scenes of out whose beam caption changed in `own words: all "
-            "four`, seed 0; each drawing is of the first human caption, from the same noise, in 50 steps."]
+            "four`, seed 0; each drawing is of the first human caption, from the same noise, in 50 steps.", "",
+            "**Commands**", "", *commands(found)]
+
+
+def commands(found):
+    return [f"- {k}: `python {v}`" for k, v in found["commands"].items()]
 
 
 def text_variants(found):
-    return [f"As above, with {found['seeds']} seed{'s' * (found['seeds'] > 1)}; each row is beside the one it varies ("
-            + against(found) + ").", "", *captioner_tables(found, "varied"), *generator_table(found, "varied")]
-
-
-def against(found):
-    return "; ".join(f"{k}: {' / '.join(dict.fromkeys(v))}" for k, v in found["alone"].items())
+    return [f"As above, with {found['seeds']} seeds and the settings of the row that is varied.", "",
+            *captioner_tables(found, "other"), *generator_table(found, "other"), "**Commands**", "", *commands(found)]
 
 
 def captioner_tables(found, beside="alone"):
@@ -195,9 +218,10 @@ def captioner_tables(found, beside="alone"):
               *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
                 (("CIDEr", 1), ("facts", 3))),
               *(with_interval(r["all"][f"{k} minus alone"], n) if name in alone else "" for k, n in
-                (("CIDEr", 1), ("facts", 3))), PAPER["captions"].get(name, "")] for name, r in here.items()]
+                (("CIDEr", 1), ("facts", 3))), alone[name][0] if name in alone else "",
+              PAPER["captions"].get(name, "")] for name, r in here.items()]
     head = ["trained", "CIDEr, 3 beams", "by seed", "true facts", "CIDEr - none", "facts - none",
-            f"CIDEr - {beside}", f"facts - {beside}", "the paper's CIDEr"]
+            f"CIDEr - {beside}", f"facts - {beside}", f"{beside}:", "the paper's CIDEr"]
     domains = [[name, *(with_interval(r[d][f"{k} minus none"], n) for k, n in (("CIDEr", 1), ("facts", 3))
                         for d in DOMAINS)] for name, r in here.items() if name != "none"]
     return ["**What it does to the captioner**", "", markdown(head, table), "",
@@ -211,11 +235,12 @@ def generator_table(found, beside="alone"):
     table = [[name, with_interval(r["all"]["pairs"], 3, False), with_interval(r["all"]["ig"], 4, False),
               *(with_interval(r["all"][f"{k} minus none"], n) if name != "none" else "" for k, n in
                 (("pairs", 3), ("ig", 4))),
-              with_interval(r["all"]["pairs minus alone"], 3) if name in both else "",
+              *([with_interval(r["all"]["pairs minus alone"], 3), found["alone"][name][1]]
+                if name in both else ("", "")),
               PAPER["drawings"].get(name, "")] for name, r in rows.items() if "pairs" in r["all"]]
     return ["**What it does to the generator**", "",
             markdown(["trained", "drawings right", "denoising loss", "drawings - none", "loss - none",
-                      f"drawings - {beside}", "the paper's CLIP distance"], table), "",
+                      f"drawings - {beside}", f"{beside}:", "the paper's CLIP distance"], table), "",
             f"{rows['none']['all']['pairs']['n']} scenes, drawn in 8 steps of DPM-Solver++; right: every "
             "colour-shape pair, by the independent reader. Most of the wrong ones are the few steps' doing: in 50 "
             "steps far more are right (README, the miniature).", ""]
@@ -224,42 +249,52 @@ def generator_table(found, beside="alone"):
 def text_findings(found, finding="Finding I: image -> text -> image"):
     lines = []
     for quality, scores in found["table"].items():
-        paper, digits = (PAPER["findings"] if quality == "CIDEr" else {}), 1 if quality == "CIDEr" else 3
-        lines += [f"**{finding}, {quality}** ({count(scores):,} items)", "", choice_table(scores, digits, paper), ""]
-        if "beam" in found:
-            lines += ["Beam search (3), without a choice: " + ", ".join(
-                f"{with_interval(v, digits, False)} {d}" for d, v in found["beam"][quality].items()) + ".", ""]
+        paper, beam = PAPER[finding.split(":")[0]].get(quality), found.get("beam", {}).get(quality)
+        lines += [f"**{finding}, {quality}** ({scores['clip']['all']['items']:,} items)", "",
+                  choice_table(scores, 1 if quality == "CIDEr" else 3, paper, beam), ""]
     return lines
 
 
 def text_texts(found):
+    return [f"Ten drawings of each text in 50 steps, which are a thousand evaluations of the UNet: of {drawn(found)} "
+            "texts, less than the other tables have.", "", *text_drawings(found)]
+
+
+def text_pictures(found):
+    return [f"Ten drawings of each of {drawn(found):,} texts in 8 steps of DPM-Solver++.", "", *text_drawings(found)]
+
+
+def drawn(found):
+    return found["table"]["CLIP"]["clip"]["all"]["items"]
+
+
+def text_drawings(found):
     lines = text_findings(found, "Finding II: text -> image -> text")
-    if "sets" not in found:                                                                  # measured before they were
-        return lines
-    rows = [[name_of(k), f"{v['FD-DINO']:.3f}", f"{v['IS']:.2f}", PAPER["sets"].get(k, "")]
+    ahead = [f"{' - '.join(map(name_of, k.split(' minus ')))} {with_interval(x, 3)}"
+             for k, x in found["differences"].items()]
+    random = found["sets"]["a random one"]
+    rows = [[name_of(k), *(with_interval(v[m], n, False) if v is random else f"{v[m]:.{n}f}"
+                           for m, n in (("FD-DINO", 4), ("IS", 2))), PAPER["sets"].get(k, "")]
             for k, v in found["sets"].items()]
-    return [*lines, "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and "
-            "the Inception score over the 48 colour-shape pairs that the independent reader sees.", "",
+    return [*lines, f"Differences in CLIP's likeness: {'; '.join(ahead)}.", "",
+            "Of the chosen drawings as a set: Frechet distance of DINO's features to the true pictures, and "
+            "the Inception score over the 48 colour-shape pairs that the independent reader sees. In brackets where 95 "
+            "of 100 random choices lie: what lies within is no better than chance.", "",
             markdown(["ranked by", "FD-DINO", "IS", "the paper's (Inception)"], rows)]
 
 
-def count(scores):
-    return next(iter(scores.values()))["all"]["items"]
-
-
-def choice_table(scores, digits=3, paper=()):
+def choice_table(scores, digits=3, paper=None, beam=None):
     rows = []
     for key, r in scores.items():
         c = r["all"]
         rows.append([name_of(key), f"{c['mean']:.{digits}f}", f"{c['chosen']:.{digits}f}", f"{c['oracle']:.{digits}f}",
                      with_interval(c, digits), *(with_interval(r[d], digits) for d in DOMAINS),
                      *([paper.get(key, "")] if paper else [])])
+    if beam:
+        rows.append(["*no choice:* beam search (3)", rows[0][1], f"{value(beam['all']):.{digits}f}", "",
+                     *(with_interval(beam[d]["gain"], digits) for d in ("all", *DOMAINS)), *[""] * bool(paper)])
     return markdown(["ranked by", "mean", "chosen", "oracle", "gain [95 %]", "in", "near", "out",
                      *(["the paper's"] if paper else [])], rows)
-
-
-def text_pictures(found):
-    return ["Ten drawings of each text in 8 steps of DPM-Solver++.", "", *text_texts(found)]
 
 
 def text_samplers(found):
@@ -295,11 +330,45 @@ SECTIONS = {"check": "Is the miniature good enough to mean something?", "scores"
             "variants": "What does the teaching hang on?", "cost": "What does a joint step cost?"}
 
 
+def claims(found):
+    """{what the README claims: its mean and 95 % interval} of {section: JSON}; none of these intervals has a zero."""
+    out = {}
+    if "scorers" in found:
+        rows, ahead = found["scorers"]["scorers"], found["scorers"]["differences"]
+        out |= {f"{name_of(k)}: CIDEr gained by the choice": rows[k]["all"]
+                for k in ("clip", "dino", "pixel", "few", "denoise", "denoise 1", "halved 60", "clipscore")}
+        out |= {f"{name_of(k)} - beam search, out": rows[k]["out"]["over_beam"] for k in ("clip", "denoise")}
+        out |= {f"{name_of('denoise')} - {name_of(k)}": ahead[f"denoise minus {k}"]["all"]
+                for k in ("clip", "clipscore") if f"denoise minus {k}" in ahead}
+    if "pictures" in found:
+        table = found["pictures"]["table"]
+        out |= {f"{name_of(k)}, of drawings in 8 steps: {q} gained by the choice": table[q][k]["all"]
+                for q in table for k in ("clip", "clipscore")}
+    if "joint" in found:
+        rows = found["joint"]["rows"]["own words: tg + ir"]
+        out |= {f"own words: tg + ir, {k} {other}, {d}": rows[d][f"{k} {other}"] for d in ("all", "out")
+                for k in ("CIDEr", "facts") for other in ("minus none", "minus alone")}
+    return out
+
+
+def signs(folder):
+    """The claims of the full run beside those of a smaller one in `folder`."""
+    full, small = (claims({k: json.loads((f / f"{k}.json").read_text()) for k in SECTIONS
+                           if (f / f"{k}.json").exists()}) for f in (HERE / "results", folder))
+    rows = [[k, *(with_interval(x[k], 3 if "facts" in k or "drawings" in k else 1) for x in (full, small)),
+             "yes" if value(full[k]) * value(small[k]) > 0 else "**no**"] for k in full if k in small]
+    same = sum(r[-1] == "yes" for r in rows)
+    return ["", "## Has it the signs of the full run?", "", f"{same} of {len(rows)} of what the README claims"
+            + f"; {len(full) - len(rows)} more were not measured here" * (len(full) > len(rows)) + ".", "",
+            markdown(["claim", "full run", "this run", "same sign"], rows)]
+
+
 def write(folder):
     """(RESULTS.md, {section: its lines}) of a folder of JSON files."""
     out = ["# Results", "", "Written by `python report.py` from `results/*.json`; no number is typed by hand. All "
            "of it is measured on the miniature (README): it says something of the method, nothing of BLIP or Stable "
            "Diffusion."]
+    out += signs(folder) if folder.resolve() != HERE / "results" else []
     parts = {}
     for name, title in SECTIONS.items():
         if (folder / f"{name}.json").exists():

@@ -29,10 +29,12 @@ DOMAINS = ("in", "near", "out")
 DRAWS = (1, 2, 4, 6, 8, 12, 16, 32, 64)
 SPANS = ((0, 1), (0, .5), (.1, .6), (.2, .8), (.3, 1), (.5, 1))
 SUMS = ("ranks: clip + denoise", "ranks: clipscore + denoise", "ranks: clip + clipscore + denoise")
+AHEAD = (("denoise", "clip"), ("denoise", "clipscore"), ("denoise 1", "clip"), ("clipscore", "clip"),      # compared
+         ("denoise 16", "few"), ("halved 60", "denoise 6"), ("denoise 64", "denoise 12"))
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
-QUICK = ("val", "scorers", "words", "joint")                # the parts of --quick: the signs the text rests on
+QUICK = ("scorers", "pictures", "joint")                     # the parts of --quick: what report.claims reads
 FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
 PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
          "variants", "cost")
@@ -54,23 +56,24 @@ def flags(argv=None):
     args.out, args.work = args.out.resolve(), args.work.resolve()
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
-    args.items, args.steps = (12, 15) if args.quick else (500, 50)
+    args.parts.sort(key=PARTS.index)
+    args.items, args.steps, args.draws = (30, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
     return args
 
 
 # ---------------------------------------------------------------- helpers
-def run(args, script, *argv, several=True, threads=1):
-    """One command of the README, as a user types it; its output. Raises ValueError where it fails."""
+def run(args, script, *argv, several=True, threads=1, quiet=False):
+    """One command of the README, as a user types it, its progress in view unless `quiet`. ValueError where it fails."""
     spread = several and args.processes > 1
     head = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}"] if spread else []
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     print(f"results.py: python {' '.join([*head[1:], script, *map(str, argv)])}", flush=True)
-    done = subprocess.run([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)
     if done.returncode:
-        own = [x for x in done.stderr.splitlines() if x.startswith(f"{script}: ")] or done.stderr.splitlines()[-3:]
+        said = (done.stderr or "").splitlines()
+        own = [x for x in said if x.startswith(f"{script}: ")] or said[-3:] or ["what it said is above"]
         raise ValueError(f"{script} ended with exit code {done.returncode}: {' '.join(own)[-500:]}")
-    return done.stdout
 
 
 def keep(args, name, found):
@@ -283,7 +286,7 @@ def gather(args, domain, metrics, world, data):
     jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 12, (0, 1)) for k, c in zip(names, said)]
     ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)]
     own = denoised(args, f"denoise-{domain}", jobs)
-    loss = denoised(args, f"draws-{domain}", [(*job, 64, (0, 1)) for job in ten])
+    loss = denoised(args, f"draws-{domain}", [(*job, args.draws[-1], (0, 1)) for job in ten])
     halved = denoised(args, f"halved-{domain}", [(*job, 60, None) for job in ten])
     unique = np.array([len(set(c[:10])) for c in said])
     score = {name: np.array([[r["scores"][name] for r in drawn[k]] for k in names])
@@ -296,8 +299,8 @@ def gather(args, domain, metrics, world, data):
     cost = {"clip": full, "dino": full, "pixel": full, "again": full, "few": unique * 16, "denoise": unique * 12,
             "clipscore": 0 * unique, "likelihood": 0 * unique}
     score["denoise"] = by_caption({k: (c, -x.mean(0)) for k, (c, _, x) in own.items()}, names, said)
-    for draws in DRAWS:
-        part = {k: (c, -x[some(64, draws, k)].mean(0)) for k, (c, _, x) in loss.items()}
+    for draws in args.draws:
+        part = {k: (c, -x[some(len(x), draws, k)].mean(0)) for k, (c, _, x) in loss.items()}
         score[f"denoise {draws}"] = by_caption(part, names, [c[:10] for c in said])
         cost[f"denoise {draws}"] = unique * draws
     score["halved 60"] = by_caption({k: (c, -x[0]) for k, (c, _, x) in halved.items()}, names, [c[:10] for c in said])
@@ -358,7 +361,7 @@ def seconds(args, w, data, metrics):
     out |= {"few": eight + judging["clip"], "clipscore": clock(lambda x, c: judges.clipscore(x[None], c)),
             "denoise": clock(lambda x, c: cycle.score(generator, x[None], c)),
             "halved 60": clock(lambda x, c: cycle.score(generator, x[None], c, budget=60))}
-    out |= {f"denoise {k}": clock(lambda x, c, k=k: cycle.score(generator, x[None], c, k)) for k in DRAWS}
+    out |= {f"denoise {k}": clock(lambda x, c, k=k: cycle.score(generator, x[None], c, k)) for k in args.draws}
     return out | {"items": len(work), "threads": args.processes}
 
 
@@ -399,8 +402,7 @@ def scorers(args):
                 row[domain]["with_beams"] = mean_of(quality[at, d], metrics)
                 row[domain]["with_beams_over_beam"] = mean_of(quality[at, d] - beam[at], metrics)
         rows[name] = row
-    ahead = {f"{a} minus {b}": picked[a] - picked[b] for a, b in (
-        ("denoise 16", "few"), ("halved 60", "denoise 6"), ("denoise 64", "denoise 12"))}
+    ahead = {f"{a} minus {b}": picked[a] - picked[b] for a, b in AHEAD if a in picked}
     by_domain = {d: (w["domain"] == d) | (d == "all") for d in ("all", *DOMAINS)}
     keep(args, "scorers", {
         "beam": {d: mean_of(beam[at], metrics) for d, at in by_domain.items()}, "scorers": rows,
@@ -429,13 +431,18 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, word bridge (straight through)": OWN + "tg ir --bridge word",
             "own words, temperature 0.5": OWN + "tg ir --temperature .5",
             "own words, kv trained": OWN + "tg ir --unfreeze kv q",
+            "known pairs: tg, kv trained": KNOWN + "tg --unfreeze kv q",
             "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
             "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
             "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
+RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2                              # learning rates of the captioner
+STEPS = 100, 200, 400
 # what each row must beat, (captions, drawings): the same described pictures without the other model
 ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four"), ("tg", "ig")), **dict.fromkeys(
     ("known pairs: tg + ir", "own words: tg + ir", "own words: all four"), ("known pairs: tg", "known pairs: ig")),
-    **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS}}
+    **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS},
+    "known pairs: tg, kv trained": ("known pairs: tg",) * 2,
+    "own words, kv trained": ("known pairs: tg, kv trained",) * 2}
 
 
 def begin():
@@ -500,7 +507,7 @@ def train(args, jobs):
         begun, about = (out / "checkpoint.safetensors").exists(), out / "checkpoint.json"
         if about.exists() and json.loads(about.read_text())["step"] == int(argv[argv.index("--steps") + 1]):
             return
-        run(args, "finetune.py", *argv, "--out", out, *["--resume"] * begun, several=False)
+        run(args, "finetune.py", *argv, "--out", out, *["--resume"] * begun, several=False, quiet=True)
     with ThreadPoolExecutor(args.processes) as pool:
         list(tqdm(pool.map(one, jobs.items()), total=len(jobs), desc="train"))
 
@@ -550,45 +557,44 @@ def marks(rows, metrics):
     return {"CIDEr": 100 * metrics.cider([r["caption"] for r in rows], [r["references"] for r in rows])} | out
 
 
-def tuned(args, steps, metrics):
-    """Learning rates and weights of ir, on val: ({"paired", "known", "own": (lr, weight)}, the generator's lr, what was
-    tried). By the mean CIDEr of the three domains; the generator's by its denoising loss."""
-    count = 150
+def tuned(args, metrics):
+    """What val chooses, by the mean CIDEr of the three domains and of two seeds: ({"paired", "own", "known": {"lr",
+    "ir", "steps"}, "tr": its weight in all four, "generator": its lr, by its denoising loss}, what was tried). Rows
+    that are compared have equal steps: `known`, those of `own`."""
+    tried, generator = {}, None
+    none = marks(examined(args, {"val none": (None, VAL, 150, 50)})["val none"], metrics)
+    tried["none"] = {k: float(np.nanmean(v)) for k, v in none.items()}
 
-    def look(some, drawer=None):
-        train(args, {f"val {k}": argv(args, f, (lr, drawer or lr), w, 99, steps) for k, (f, lr, w) in some.items()})
-        found = examined(args, {f"val {k}": (str(args.work / "joint" / f"val {k}"), VAL, count, 50 * k.startswith("ig"))
-                                for k in some})
-        for k in some:
-            seen[k] = marks(found[f"val {k}"], metrics)
-        tried.update(some)
-
-    def best(start, key=lambda k: seen[k]["CIDEr"].mean()):
-        return tried[max((k for k in tried if k.startswith(start)), key=key)][1:]
-    tried, seen = {}, {}
-    rates = 3e-4, 1e-3, 3e-3
-    look({f"ig, lr {lr:g}": (TABLE["ig"], lr, 1) for lr in (3e-5, 1e-4, 1e-3)})
-    drawer = best("ig", lambda k: -np.nanmean(seen[k]["ig"]))[0]
-    look({f"{k}, lr {lr:g}": (TABLE[k], lr, 1) for k in ("tg", "known pairs: tg") for lr in rates}
-         | {f"own words, lr {lr:g}, ir {ir}": (TABLE["own words: tg + ir"], lr, ir)
-            for lr in rates[-2:] for ir in (10, 30)}, drawer)
-    rate = best("tg")[0]
-    look({f"tg + ir, lr {rate:g}, ir {ir}": (TABLE["tg + ir"], rate, ir) for ir in (1, 10, 30)}, drawer)
-    chosen = {"paired": best("tg + ir"), "known": best("known pairs: tg"), "own": best("own words")}
-    return chosen, drawer, {k: {m: float(np.nanmean(v)) for m, v in x.items() if not np.isnan(v).all()}
-                            for k, x in seen.items()}
-
-
-def known(args):
-    """What an earlier full run chose: for --quick."""
-    found = json.loads((HERE / "results/joint.json").read_text())
-    return found["chosen"], found["generator_lr"], {}
+    def best(row, rates, weights=({},), steps=(200,), score=lambda x: x["CIDEr"]):
+        """(lr, {loss: weight}, steps): the best of all combinations for a row of TABLE."""
+        options = {f"{row}, lr {lr:g}" + "".join(f", {k} {v:g}" for k, v in w.items()) + f", {n} steps" * (n != 200):
+                   (lr, w, n) for lr, w, n in itertools.product(rates, weights, steps)}
+        runs = {(name, seed): f"val {name}, seed {seed}" for name in options for seed in (98, 99)}
+        train(args, {run: argv(TABLE[row], (options[name][0], generator or options[name][0]), *options[name][1:], seed)
+                     for (name, seed), run in runs.items()})
+        found = examined(args, {run: (str(args.work / "joint" / run), VAL, 150, 50 * (row == "ig"))
+                                for run in runs.values()})
+        for name in options:
+            per = [marks(found[runs[name, seed]], metrics) for seed in (98, 99)]
+            tried[name] = {k: float(np.mean([x[k][~np.isnan(x[k])].mean() for x in per])) for k in per[0]
+                           if not np.isnan(per[0][k]).all()}
+        return options[max(options, key=lambda name: score(tried[name]))]
+    generator = best("ig", (3e-5, 1e-4, 1e-3), score=lambda x: -x["ig"])[0]
+    rate = best("tg", RATES)[0]
+    ir = best("tg + ir", [rate], [{"ir": w} for w in (.3, 1, 10, 30)])[1]
+    paired = best("tg + ir", [rate], [ir], STEPS)
+    own = best("own words: tg + ir", RATES[1:4], [{"ir": w} for w in (3, 10, 30, 100)])
+    own = best("own words: tg + ir", [own[0]], [own[1]], STEPS)
+    known = best("known pairs: tg", RATES)[0], *own[1:]
+    tr = best("all four", [rate], [ir | {"tr": w} for w in (.3, 1, 3)])[1]["tr"]
+    return {k: {"lr": lr, "ir": w["ir"], "steps": n} for k, (lr, w, n) in (
+        ("paired", paired), ("own", own), ("known", known))} | {"tr": tr, "generator": generator}, tried
 
 
-def argv(args, flags, lrs, ir, seed, steps):
-    """The command line of a run: weight `ir` on ir, 1 on the others."""
+def argv(flags, lrs, weights, steps, seed):
+    """The command line of a run: {loss: weight}, 1 of those that are not named."""
     losses = flags.split("--losses ")[1].split(" --")[0].split()
-    return [*flags.split(), "--weights", *[ir if k == "ir" else 1 for k in losses], "--lr", *lrs, "--seed", seed,
+    return [*flags.split(), "--weights", *[weights.get(k, 1) for k in losses], "--lr", *lrs, "--seed", seed,
             "--steps", steps, "--every", steps, "--probe", 100, "--held", 0]
 
 
@@ -607,7 +613,8 @@ def joint(args):
 
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
-    keep(args, "variants", taught(args, {k: TABLE[k] for k in ("own words: tg + ir", "ig + tr")} | VARIANTS, 1)[0])
+    varied = "known pairs: tg", "own words: tg + ir", "ig + tr"
+    keep(args, "variants", taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0])
 
 
 def draws(flags):
@@ -620,11 +627,16 @@ def taught(args, rows, seeds):
     """({what was trained, and {row: {domain: {measure: mean, and its difference to none and to ALONE}}}}, what
     `examine` saw) of rows {name: flags}."""
     import metrics
-    steps = 60 if args.quick else 200
-    chosen, drawer, tried = known(args) if args.quick else tuned(args, steps, metrics)
+    if args.quick:                                                        # what an earlier full run chose, fewer steps
+        chosen, tried = json.loads((HERE / "results/joint.json").read_text())["chosen"], {}
+        for kind in ("paired", "own", "known"):
+            chosen[kind]["steps"] = 60
+    else:
+        chosen, tried = tuned(args, metrics)
     setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
                for k, f in rows.items()}
-    runs = {f"{name} {seed}": argv(args, f, (setting[name][0], drawer), setting[name][1], seed, steps)
+    runs = {f"{name} {seed}": argv(f, (setting[name]["lr"], chosen["generator"]), {
+        "ir": setting[name]["ir"], "tr": chosen["tr"]}, setting[name]["steps"], seed)
             for seed in range(seeds) for name, f in rows.items()}
     train(args, runs)
     count, drawn = (50, 25) if args.quick else (300, 100)
@@ -642,12 +654,20 @@ def taught(args, rows, seeds):
             if not at.any():
                 continue
             alone = ALONE.get(name, ("none", "none"))[k in ("ig", "pairs")]
-            out[name][d][k] = mean_of(v[:, at].mean(0), metrics) | {"seeds": v[:, at].mean(1)}
+            out[name][d][k] = over_seeds(v[:, at], metrics)
             for key, other in (("minus none", "none"), ("minus alone", alone)):
                 if other in each and not np.isnan(each[other][k][:, at]).any():
-                    out[name][d][f"{k} {key}"] = mean_of(v[:, at].mean(0) - each[other][k][:, at].mean(0), metrics)
-    return {"steps": steps, "seeds": seeds, "chosen": chosen, "generator_lr": drawer, "val": tried, "rows": out,
+                    out[name][d][f"{k} {key}"] = over_seeds(v[:, at] - each[other][k][:, at], metrics)
+    return {"seeds": seeds, "chosen": chosen, "val": tried, "rows": out,
+            "commands": {k: " ".join(map(str, ["finetune.py", *runs[f"{k} 0"]])) for k in rows},
             "alone": {k: v for k, v in ALONE.items() if k in rows and v[0] in rows}}, found
+
+
+def over_seeds(values, metrics):
+    """Mean of (seeds, items), its 95 % interval with both resampled, and the mean of each seed."""
+    dice, n = np.random.default_rng(0), len(values)
+    low, high = metrics.resampled(lambda r: values[dice.integers(n, size=n)].mean(0)[r].mean(), values.shape[1])
+    return {"value": values.mean(), "low": low, "high": high, "n": values.shape[1], "seeds": values.mean(1)}
 
 
 def before_and_after(args, found, most=6):
@@ -768,8 +788,9 @@ def findings(args):
         quality[name.upper()] = np.stack([
             f([c for c in row[:11] for _ in r], r * 11).reshape(11, -1).mean(1)
             for row, r in zip(w["said"], w["references"])])
-    beam = {k: {d: mean_of(v[(w["domain"] == d) | (d == "all"), 10], metrics) for d in ("all", *DOMAINS)}
-            for k, v in quality.items()}
+    rows = {d: (w["domain"] == d) | (d == "all") for d in ("all", *DOMAINS)}
+    beam = {k: {d: mean_of(v[at, 10], metrics) | {"gain": mean_of(v[at, 10] - v[at, :10].mean(1), metrics)}
+                for d, at in rows.items()} for k, v in quality.items()}
     quality = {k: v[:, :10] for k, v in quality.items()}
     scores = {k: w["score"][k][:, :10] for k in ("clip", "dino", "pixel", "denoise", "clipscore", "likelihood")}
     keep(args, "findings", {"table": table_of(quality, scores, w["domain"], metrics), "beam": beam})
@@ -787,8 +808,9 @@ def pictures(args):
 
 def from_texts(args, kind, limit, scorer):
     """Text -> image -> text on the first `limit` texts of each domain: {table: {quality: {score: {domain: choices}}},
-    sets: {score: Frechet distance of DINO's features to the true pictures, Inception score over the 48 colour-shape
-    pairs that the independent reader sees}} of the chosen drawings."""
+    differences of CLIP's likeness; sets: {score: Frechet distance of DINO's features to the true pictures, Inception
+    score over the 48 colour-shape pairs that the independent reader sees}} of the chosen drawings; of random ones mean
+    and range of 95 in 100."""
     import torch
 
     import data
@@ -818,14 +840,22 @@ def from_texts(args, kind, limit, scorer):
     jobs = [([str(args.work / f"{kind}-{d}" / r["picture"]) for r in group], x.name, x.captions[0])
             for (_, group), (x, d) in zip(rows, items)]
     found = measured(args, f"denoise-{kind}", measure_pictures, jobs)
-    for name, of in (("denoise 12", "own"), ("denoise 12, less the empty caption", "less")):
+    for name, of in (("denoised", "own"), ("denoised less", "less")):
         scores[name] = np.array([found[job[1]][of] for job in jobs])
     table = table_of({k: np.array(v) for k, v in quality.items()}, scores, np.array([d for _, d in items]), metrics)
-    sets, every = {}, {"a random one": np.random.default_rng(0).random((len(items), 10))} | scores
-    for name, score in every.items():
-        seen, pair = (np.stack(features[k])[np.arange(len(items)), np.argmax(score, 1)] for k in ("DINO", "pair"))
-        sets[name] = {"FD-DINO": metrics.frechet(seen, np.stack(truths)), "IS": metrics.inception_score(pair)[0]}
-    return {"table": table, "sets": sets}
+    features, truths, dice = {k: np.stack(v) for k, v in features.items()}, np.stack(truths), np.random.default_rng(0)
+
+    def as_a_set(chosen):
+        seen, pair = (x[np.arange(len(items)), chosen] for x in features.values())
+        return {"FD-DINO": metrics.frechet(seen, truths), "IS": metrics.inception_score(pair)[0]}
+    random = [as_a_set(dice.integers(10, size=len(items))) for _ in range(100)]
+    sets = {"a random one": {k: {"value": np.mean(v := [x[k] for x in random]), "low": np.quantile(v, .025),
+                                 "high": np.quantile(v, .975)} for k in random[0]}}
+    best = {k: v.argmax(1) for k, v in scores.items()}
+    clip = {k: np.array(quality["CLIP"])[np.arange(len(items)), v] for k, v in best.items()}
+    ahead = {f"{a} minus {b}": mean_of(clip[a] - clip[b], metrics) for a, b in (
+        ("clipscore", "clip"), ("denoised less", "clip"), ("denoised less", "denoised"))}
+    return {"table": table, "differences": ahead, "sets": sets | {k: as_a_set(v) for k, v in best.items()}}
 
 
 def pair_of(model, pictures, world):
