@@ -270,6 +270,8 @@ def drawn(found):
 
 def text_drawings(found):
     lines = text_findings(found, "Finding II: text -> image -> text")
+    if "differences" not in found:                                                           # measured before they were
+        return lines
     ahead = [f"{' - '.join(map(name_of, k.split(' minus ')))} {with_interval(x, 3)}"
              for k, x in found["differences"].items()]
     random = found["sets"]["a random one"]

@@ -23,6 +23,12 @@ def test_no_number_is_typed_by_hand():
     assert text == (ROOT / "RESULTS.md").read_text()
     page = (ROOT / "README.md").read_text()
     assert report.readme(page, parts) == page
+    joint = json.loads((ROOT / "results/joint.json").read_text())
+    typed = page.split("    python finetune.py --split train --own")[1].split("\n")[0].split()    # the recipe
+    chosen = joint["commands"]["own words: tg + ir"].split()
+    for flag, count in (("--weights", 2), ("--lr", 2), ("--steps", 1)):
+        x, y = (list(map(float, c[c.index(flag) + 1:][:count])) for c in (typed, chosen))
+        assert x == y, flag
     marked = re.findall(r"<!-- (?!end)(\w+) -->\n(.)", page)
     assert len(marked) >= 5 and all(name in parts and first == "|" for name, first in marked)   # and none is empty
     first = json.loads((ROOT / "results/scorers.json").read_text())["scorers"]["clip"]["all"]
