@@ -350,6 +350,10 @@ def claims(found):
         rows = found["joint"]["rows"]["own words: tg + ir"]
         out |= {f"own words: tg + ir, {k} {other}, {d}": rows[d][f"{k} {other}"] for d in ("all", "out")
                 for k in ("CIDEr", "facts") for other in ("minus none", "minus alone")}
+    if "variants" in found:
+        rows = found["variants"]["rows"]["own words, kv trained"]
+        out |= {f"own words, kv trained, {k} minus known pairs: tg, kv trained, {d}": rows[d][f"{k} minus alone"]
+                for d in ("all", "out") for k in ("CIDEr", "facts")}
     return out
 
 

@@ -432,6 +432,7 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, temperature 0.5": OWN + "tg ir --temperature .5",
             "own words, kv trained": OWN + "tg ir --unfreeze kv q",
             "known pairs: tg, kv trained": KNOWN + "tg --unfreeze kv q",
+            "tg, kv trained": PAIRED + "tg --unfreeze kv q",
             "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
             "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
             "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
@@ -441,7 +442,7 @@ STEPS = 100, 200, 400
 ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four"), ("tg", "ig")), **dict.fromkeys(
     ("known pairs: tg + ir", "own words: tg + ir", "own words: all four"), ("known pairs: tg", "known pairs: ig")),
     **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS},
-    "known pairs: tg, kv trained": ("known pairs: tg",) * 2,
+    "known pairs: tg, kv trained": ("known pairs: tg",) * 2, "tg, kv trained": ("tg",) * 2,
     "own words, kv trained": ("known pairs: tg, kv trained",) * 2}
 
 
@@ -613,7 +614,7 @@ def joint(args):
 
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
-    varied = "known pairs: tg", "own words: tg + ir", "ig + tr"
+    varied = "tg", "known pairs: tg", "own words: tg + ir", "ig + tr"
     keep(args, "variants", taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0])
 
 
