@@ -7,7 +7,7 @@ demo: .venv/ready
 	@.venv/bin/python rerank.py --n 10 --scorer full --out out/demo
 
 test: .venv/ready
-	@echo "parley: lint and tests (two minutes on two AVX-512 cores, seven on two AVX2 ones)"
+	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five on two AVX2 ones)"
 	@.venv/bin/ruff check .
 	@.venv/bin/python -m pytest -q tests
 
@@ -16,7 +16,7 @@ check: .venv/ready
 	@.venv/bin/python miniature.py --check --threads 2 --scenes 300
 
 results: .venv/ready
-	@echo "parley: every number of RESULTS.md, measured on the miniature (an estimated four to nine hours on two cores; QUICK=1: a quarter of an hour)"
+	@echo "parley: every number of RESULTS.md, measured on the miniature (an estimated four to nine hours on two cores; QUICK=1: about ten minutes)"
 	@.venv/bin/python results.py $(if $(QUICK),--quick)
 	@.venv/bin/python report.py $(if $(QUICK),--folder results/quick)
 

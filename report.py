@@ -362,7 +362,8 @@ def signs(folder):
     full, small = (claims({k: json.loads((f / f"{k}.json").read_text()) for k in SECTIONS
                            if (f / f"{k}.json").exists()}) for f in (HERE / "results", folder))
     rows = [[k, *(with_interval(x[k], 3 if "facts" in k or "drawings" in k else 1) for x in (full, small)),
-             "yes" if value(full[k]) * value(small[k]) > 0 else "**no**"] for k in full if k in small]
+             "yes" if value(full[k]) * value(small[k]) > 0 else "**no**" if min(interval(small[k])) * max(
+                 interval(small[k])) > 0 else "no: too few to tell"] for k in full if k in small]
     same = sum(r[-1] == "yes" for r in rows)
     return ["", "## Has it the signs of the full run?", "", f"{same} of {len(rows)} of what the README claims"
             + f"; {len(full) - len(rows)} more were not measured here" * (len(full) > len(rows)) + ".", "",
