@@ -1,7 +1,7 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
     make results                  # everything: an estimated four hours on two AVX-512 cores, nine on two AVX2 ones
-    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: about ten minutes
+    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: ten minutes (AVX2)
     python results.py scorers     # one part
     python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
