@@ -2,10 +2,12 @@
 
     python bench.py                     # all of it, about three minutes on two cores
     python bench.py bridge scores       # some: bridge, scores, step, captions
+    python bench.py real                # on a GPU: what fits and how fast, at the real models' size; six minutes (H100)
 
 What is compared is the same work with the same result; the tests hold the results against each other, not this file.
 """
 import argparse
+import functools
 import json
 import os
 import platform
@@ -19,13 +21,14 @@ SHOWN = {}
 
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", help="bridge, scores, step, captions; default all")
+    p.add_argument("what", nargs="*", help=f"{' '.join(BENCHES)}; default all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
     p.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON, too")
+    p.add_argument("--work", type=Path, default=HERE / "out/real", help="folder of the random models of `real`: 12 GB")
     p.add_argument("--captions", type=Path, help="Karpathy rows [{image, caption: [5]}] for scores; default invented")
     args = p.parse_args(argv)
-    args.what = args.what or list(BENCHES)
+    args.what = args.what or [name for name in BENCHES if name != "real"]
     unknown = set(args.what) - set(BENCHES)
     if unknown:
         p.error(f"{', '.join(sorted(unknown))}: choose among {', '.join(BENCHES)}")
@@ -174,7 +177,123 @@ def bench_captions(args):
                       "speak": {"s": clock(lambda: captioner.speak(images, 10), args.times)}})
 
 
-BENCHES = {"bridge": bench_bridge, "scores": bench_scores, "step": bench_step, "captions": bench_captions}
+def whole(name, tokenizer):
+    """vitb, vitl, blip2 or sd14 (a pipeline) at full size, with random weights, from its configuration."""
+    import diffusers
+    import transformers as hf
+    if name == "sd14":
+        return diffusers.StableDiffusionPipeline(
+            vae=diffusers.AutoencoderKL(
+                sample_size=512, layers_per_block=2, block_out_channels=[128, 256, 512, 512],
+                down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4),
+            text_encoder=hf.CLIPTextModel(hf.CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12)),
+            unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            scheduler=diffusers.PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                                              skip_prk_steps=True, steps_offset=1),
+            tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if name == "blip2":
+        text = hf.OPTConfig(vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240,
+                            num_hidden_layers=32, num_attention_heads=32, eos_token_id=tokenizer.eos_token_id)
+        return hf.Blip2ForConditionalGeneration(hf.Blip2Config(text_config=text.to_dict(), image_token_index=50265))
+    vision = {"image_size": 384} if name == "vitb" else {
+        "image_size": 384, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16}
+    text = hf.AutoConfig.from_pretrained(HERE / "miniature/blip").text_config.to_dict() | {
+        "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 512,
+        "encoder_hidden_size": vision.get("hidden_size", 768)}
+    return hf.BlipForConditionalGeneration(hf.BlipConfig(text_config=text, vision_config=vision))
+
+
+def built(name, folder):
+    """The folder of a `whole` model in bfloat16, as the hub lays it out. The tokenizer is the miniature's: the
+    vocabulary's tables have their full size, and so has the work."""
+    import torch
+    from transformers import AutoTokenizer
+    folder, small = folder / name, HERE / "miniature"
+    if (folder / "ready").exists():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(small / ("blip" if name.startswith("vit") else "sd/tokenizer"))
+    tokenizer.model_max_length = 77                                     # Stable Diffusion's; the captioners do not ask
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = whole(name, tokenizer)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    if name != "sd14":
+        tokenizer.save_pretrained(folder)
+        processor = json.loads((small / "blip/preprocessor_config.json").read_text())
+        processor["size"] = {"height": 384, "width": 384}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "ready").touch()
+    return folder
+
+
+# of finetune.py at full size; the first is what the others are measured by
+REAL = ("vitb", "vitb --losses tg", "vitb --losses ig", "vitb --losses tg ir", "vitb --losses tg ir --own all",
+        "vitb --micro 4", "vitb --micro 2", "vitb --micro 1", "vitb --checkpointing", "vitb --chunk 2",
+        "vitb --chunk 8", "vitl", "vitl --micro 4", "blip2", "blip2 --micro 4", "blip2 --micro 1")
+
+
+def bench_real(args):
+    """A step of finetune.py with BLIP ViT-B, ViT-L, BLIP-2 and Stable Diffusion v1-4 at 512 px, batch 8, bfloat16; and
+    what a picture's ten captions and their scores cost."""
+    import gc
+    import runpy
+    import tempfile
+
+    import torch
+    if not torch.cuda.is_available():
+        raise ValueError("real: torch sees no CUDA device here, and a processor would take hours")
+    place = {name: str(built(name, args.work)) for name in ("vitb", "vitl", "blip2", "sd14")}
+    rows = SHOWN.setdefault("real", {})
+    for row in REAL:
+        name, *options = row.split()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as out:
+            sys.argv = ["finetune.py", "--captioner", place[name], "--generator", place["sd14"], "--data", "miniature",
+                        "--steps", "8", "--probe", "0", "--held", "0", *["--side", "384"] * (name == "blip2"), *options,
+                        "--out", out]
+            try:
+                runpy.run_path(str(HERE / "finetune.py"), run_name="__main__")
+            except SystemExit as e:
+                if e.code:
+                    raise ValueError(f"{' '.join(sys.argv)} ended with exit code {e.code}") from e
+            log = [json.loads(x) for x in (Path(out) / "log.jsonl").read_text().splitlines()]
+        rows[row] = {"s": min(8 / x["images_per_s"] for x in log[2:]),
+                     "GiB": torch.cuda.max_memory_allocated() / 2 ** 30,
+                     "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}
+    show("real", rows)
+    show("frozen", frozen(args, place))
+
+
+def frozen(args, place):
+    """Seconds of one picture's ten captions: saying, scoring and drawing them."""
+    import torch
+
+    import cycle
+    import world
+    scene, rows = world.sample("test", 0), {}
+    image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1)[None] / 255
+    ten = list(dict.fromkeys(world.captions(scene, 40)))[:10]
+    generator, few = cycle.Generator.load(place["sd14"]), cycle.few_steps(cycle.Generator.load(place["sd14"]))
+    ways = {"score by denoising, 12 noises": lambda: cycle.score(generator, image, ten),
+            "draw in 8 steps": lambda: few.draw(ten, [0] * 10, steps=8),
+            "draw in 50 steps": lambda: generator.draw(ten, [0] * 10)}
+    for name in ("vitb", "vitl", "blip2"):
+        ways[f"say, {name}"] = functools.partial(cycle.Captioner.load(place[name]).speak, image, 10)
+    for name, f in ways.items():
+        f()
+        rows[f"ten captions: {name}"] = {"s": clock(f, args.times)}
+    return rows
+
+
+BENCHES = {"bridge": bench_bridge, "scores": bench_scores, "step": bench_step, "captions": bench_captions,
+           "real": bench_real}
 
 
 def main(args):
@@ -182,13 +301,21 @@ def main(args):
     torch.set_num_threads(args.threads)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, "
           f"torch {torch.__version__}; ratios are to the first line of each")
-    for name in args.what:
-        BENCHES[name](args)
-    if args.json:
-        args.json.write_text(json.dumps(SHOWN, indent=1) + "\n")
+    try:
+        for name in args.what:
+            BENCHES[name](args)
+    finally:                                                             # what was measured before a failure is kept
+        if args.json and SHOWN:
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+            about = {"machine": device, "torch": torch.__version__, "quick": False, "dtype": "bfloat16"}
+            args.json.write_text(json.dumps({"about": about} | SHOWN, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # the profiler of bridge.peak talks to stderr
-    sys.exit(main(flags()))
+    try:
+        sys.exit(main(flags()))
+    except (ValueError, OSError) as e:
+        print(f"bench.py: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -49,7 +49,7 @@ def flags(argv=None):
     p.add_argument("--temperature", type=float, default=1.0, help="of the distributions that cross the bridge in ir")
     p.add_argument("--lr", type=float, nargs="+", default=[1e-4], help="of AdamW; a second number is the generator's")
     p.add_argument("--batch", type=int, default=8, help="samples a step, of all processes together")
-    p.add_argument("--micro", type=int, help="samples at once on a device: memory, not the result; default all of them")
+    p.add_argument("--micro", type=int, help="samples at once: memory, not the result; default all of them, blip2 4")
     p.add_argument("--chunk", type=int, help="images at once in tr, the peak of memory; default 1, the miniature 8")
     p.add_argument("--epochs", type=float, default=5, help="over the data; --steps wins")
     p.add_argument("--steps", type=int, help="optimizer steps; default 1000 of the miniature, else by --epochs")
@@ -58,7 +58,7 @@ def flags(argv=None):
     p.add_argument("--thin", type=int, default=1, help="tr on one sample of K, weighted K: unbiased and cheaper")
     p.add_argument("--decoder", default="exact", help="of tr: exact, tiny (TAESD), or an AutoencoderTiny's place")
     p.add_argument("--cache", type=Path, help="folder that keeps the latents of --data: encodes each image once")
-    p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: half the memory, +12 %%")
+    p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: 7 GiB for 18, +17 %%")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed, step and sample")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="of the frozen weights: bfloat16 on a GPU, float32 on a CPU")
@@ -81,6 +81,7 @@ def complete(p, args):
     args.data = args.data or ("miniature" if args.captioner == "miniature" else None)
     args.steps = args.steps or (1000 if args.data == "miniature" else None)
     args.side = args.side or (384 if args.captioner == "blip2" else None)
+    args.micro = args.micro or (4 if args.captioner == "blip2" else None)          # of 24 GB all eight take more
     args.chunk = args.chunk or (8 if args.captioner == "miniature" else 1)
     args.weights = args.weights or [1.0] * len(args.losses)
     if len(args.lr) > 2:

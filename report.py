@@ -270,8 +270,6 @@ def drawn(found):
 
 def text_drawings(found):
     lines = text_findings(found, "Finding II: text -> image -> text")
-    if "differences" not in found:                                                           # measured before they were
-        return lines
     ahead = [f"{' - '.join(map(name_of, k.split(' minus ')))} {with_interval(x, 3)}"
              for k, x in found["differences"].items()]
     random = found["sets"]["a random one"]
@@ -323,13 +321,31 @@ def text_cost(found):
             "says \"approximately 1.4 times the original cost\" (Section 5), and not what is counted."]
 
 
+def text_real(found):
+    """What full-size models cost on a GPU."""
+    first, ten = found["real"]["vitb"], found["frozen"]
+    rows = [[f"`{name}`", *(f"{r[k]:.{n}f}" for k, n in (("s", 2), ("GiB", 1), ("GiB reserved", 1))),
+             f"{r['s'] / first['s']:.2f} x"] for name, r in found["real"].items()]
+    apart = found["real"]["vitb --losses tg"]["s"] + found["real"]["vitb --losses ig"]["s"]
+    return [markdown(["`finetune.py --captioner`", "seconds a step", "GiB", "GiB reserved", "time"], rows), "",
+            "Stable Diffusion v1-4 at 512 px with BLIP ViT-B, ViT-L and BLIP-2 (OPT 2.7b, 384 px): random weights in "
+            "the hub's layout, batches of 8, the fastest of six steps. GiB: the most that tensors took; reserved: with "
+            f"what the allocator held besides. All four losses take {first['s'] / apart:.1f} times what tg and ig take "
+            f"apart; with `--chunk 8` {found['real']['vitb --chunk 8']['s'] / apart:.1f} times. Five epochs of COCO "
+            f"(113,287 pictures) would take `vitb` {5 * (113_287 // 8) * first['s'] / 3600:.0f} hours.", "",
+            markdown(["a picture's ten captions", "seconds"], [
+                [k.removeprefix("ten captions: "), f"{v['s']:.2f}"] for k, v in ten.items()])]
+
+
+COMMANDS = {"real": "python bench.py real --json results/real.json"}                     # of sections not of results.py
 SECTIONS = {"check": "Is the miniature good enough to mean something?", "scores": "What the miniature says and draws",
             "findings": "Do they understand each other? Captions",
             "texts": "Do they understand each other? Pictures", "pictures": "Which picture, in few steps?",
             "samplers": "Does it hang on how captions are sampled?",
             "scorers": "Which caption, at what price?", "val": "Which timesteps?", "words": "Which word is wrong?",
             "signal": "What is there to learn from?", "joint": "Can they teach each other?",
-            "variants": "What does the teaching hang on?", "cost": "What does a joint step cost?"}
+            "variants": "What does the teaching hang on?", "cost": "What does a joint step cost?",
+            "real": "What do the real models cost?"}
 
 
 def claims(found):
@@ -346,6 +362,10 @@ def claims(found):
         table = found["pictures"]["table"]
         out |= {f"{name_of(k)}, of drawings in 8 steps: {q} gained by the choice": table[q][k]["all"]
                 for q in table for k in ("clip", "clipscore")}
+    if "texts" in found:
+        table = found["texts"]["table"]
+        out |= {f"{name_of(k)}, of drawings in 50 steps: {q} gained by the choice": table[q][k]["all"]
+                for q, k in (("CLIP", "clipscore"), ("facts", "denoised"), ("facts", "denoised less"))}
     if "joint" in found:
         rows = found["joint"]["rows"]["own words: tg + ir"]
         out |= {f"own words: tg + ir, {k} {other}, {d}": rows[d][f"{k} {other}"] for d in ("all", "out")
@@ -373,8 +393,8 @@ def signs(folder):
 def write(folder):
     """(RESULTS.md, {section: its lines}) of a folder of JSON files."""
     out = ["# Results", "", "Written by `python report.py` from `results/*.json`; no number is typed by hand. All "
-           "of it is measured on the miniature (README): it says something of the method, nothing of BLIP or Stable "
-           "Diffusion."]
+           "of it but \"What do the real models cost?\" is measured on the miniature (README): it says something of "
+           "the method, nothing of BLIP or Stable Diffusion."]
     out += signs(folder) if folder.resolve() != HERE / "results" else []
     parts = {}
     for name, title in SECTIONS.items():
@@ -387,6 +407,7 @@ def write(folder):
             parts[name] = globals()[f"text_{name}"](found)
             command = f"python results.py {name}{' --quick' * about['quick']}"
             command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
+            command = COMMANDS.get(name, command)
             out += ["", f"## {title}", "", f"`{command}`; {about['machine']}, torch {about['torch']}, "
                     f"{about['dtype']}.", "", *figure, *parts[name]]
             out += ["", found["note"] + "."] if "note" in found else []

@@ -937,7 +937,7 @@ def cost(args):
     """Seconds, counted FLOPs and memory of a joint step and of its parts: bench.py, alone on the machine."""
     path = args.work / "bench.json"
     run(args, "bench.py", "step", "--threads", args.processes, "--json", path, several=False, threads=args.processes)
-    keep(args, "cost", json.loads(path.read_text()))
+    keep(args, "cost", {"step": json.loads(path.read_text())["step"]})
 
 
 def main(args):

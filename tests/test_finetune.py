@@ -234,6 +234,15 @@ def test_weights_follow_their_losses():
         finetune.flags(["--own", "photoz"])
 
 
+def test_blip2_fits_24_gb_by_default():
+    """Of eight samples at once it takes 25.4 GiB, of four 19.3 (results/real.json)."""
+    few, every = (finetune.flags(["--captioner", name, "--data", "miniature"]).micro for name in ("blip2", "vitb"))
+    assert few == 4 and every is None
+    read = json.loads((ROOT / "results/real.json").read_text())["real"]
+    assert read["blip2"]["GiB reserved"] > 24 > read["blip2 --micro 4"]["GiB reserved"] + 1
+    assert 24 > read["vitl"]["GiB reserved"] + 1 and 12 > read["vitb --micro 2"]["GiB reserved"] + 1
+
+
 def test_a_learning_rate_for_each_side(tmp_path):
     one = run(tmp_path / "one", "--steps", 1)
     two = run(tmp_path / "two", "--steps", 1, "--lr", 1e-3, 0)

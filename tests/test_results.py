@@ -39,9 +39,9 @@ def test_no_number_is_typed_by_hand():
 
 def test_what_the_text_claims_is_beyond_chance():
     found = {k: json.loads((ROOT / f"results/{k}.json").read_text()) for k in (
-        "scorers", "pictures", "joint", "variants", "val")}
+        "scorers", "pictures", "texts", "joint", "variants", "val")}
     claimed = report.claims(found)
-    assert len(claimed) >= 25 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
+    assert len(claimed) >= 28 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
     assert not [r for r in found["val"]["rows"] if report.interval(r["minus even"])[0] > 0]      # as text_val says
 
 
