@@ -234,7 +234,7 @@ def built(name, folder):
 # of finetune.py at full size; the first is what the others are measured by
 REAL = ("vitb", "vitb --losses tg", "vitb --losses ig", "vitb --losses tg ir", "vitb --losses tg ir --own all",
         "vitb --micro 4", "vitb --micro 2", "vitb --micro 1", "vitb --checkpointing", "vitb --chunk 2",
-        "vitb --chunk 8", "vitl", "vitl --micro 4", "blip2", "blip2 --micro 4", "blip2 --micro 1")
+        "vitb --chunk 8", "vitl", "vitl --micro 4", "blip2", "blip2 --micro 8", "blip2 --micro 1")
 
 
 def bench_real(args):
@@ -248,7 +248,7 @@ def bench_real(args):
     if not torch.cuda.is_available():
         raise ValueError("real: torch sees no CUDA device here, and a processor would take hours")
     place = {name: str(built(name, args.work)) for name in ("vitb", "vitl", "blip2", "sd14")}
-    rows = SHOWN.setdefault("real", {})
+    rows = {}
     for row in REAL:
         name, *options = row.split()
         gc.collect()
@@ -260,6 +260,9 @@ def bench_real(args):
                         "--out", out]
             try:
                 runpy.run_path(str(HERE / "finetune.py"), run_name="__main__")
+            except torch.OutOfMemoryError:
+                print(f"real      {row} does not fit this card", file=sys.stderr)
+                continue
             except SystemExit as e:
                 if e.code:
                     raise ValueError(f"{' '.join(sys.argv)} ended with exit code {e.code}") from e
@@ -301,14 +304,15 @@ def main(args):
     torch.set_num_threads(args.threads)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, "
           f"torch {torch.__version__}; ratios are to the first line of each")
-    try:
-        for name in args.what:
-            BENCHES[name](args)
-    finally:                                                             # what was measured before a failure is kept
-        if args.json and SHOWN:
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-            about = {"machine": device, "torch": torch.__version__, "quick": False, "dtype": "bfloat16"}
-            args.json.write_text(json.dumps({"about": about} | SHOWN, indent=1) + "\n")
+    for name in args.what:
+        BENCHES[name](args)
+    if args.json:
+        gpu = args.what == ["real"]
+        about = {"machine": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} cores, {platform.machine()}",
+                 "torch": torch.__version__, "dtype": "bfloat16" if gpu else "float32"}
+        five = {k: {row: {u: float(f"{v:.5g}") for u, v in x.items()} for row, x in rows.items()}
+                for k, rows in SHOWN.items()}
+        args.json.write_text(json.dumps({"about": about} | five, indent=1) + "\n")
     return 0
 
 

@@ -58,7 +58,7 @@ def flags(argv=None):
     p.add_argument("--thin", type=int, default=1, help="tr on one sample of K, weighted K: unbiased and cheaper")
     p.add_argument("--decoder", default="exact", help="of tr: exact, tiny (TAESD), or an AutoencoderTiny's place")
     p.add_argument("--cache", type=Path, help="folder that keeps the latents of --data: encodes each image once")
-    p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: 7 GiB for 18, +17 %%")
+    p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: less than half the memory")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed, step and sample")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="of the frozen weights: bfloat16 on a GPU, float32 on a CPU")
@@ -81,7 +81,6 @@ def complete(p, args):
     args.data = args.data or ("miniature" if args.captioner == "miniature" else None)
     args.steps = args.steps or (1000 if args.data == "miniature" else None)
     args.side = args.side or (384 if args.captioner == "blip2" else None)
-    args.micro = args.micro or (4 if args.captioner == "blip2" else None)          # of 24 GB all eight take more
     args.chunk = args.chunk or (8 if args.captioner == "miniature" else 1)
     args.weights = args.weights or [1.0] * len(args.losses)
     if len(args.lr) > 2:
@@ -357,6 +356,8 @@ def main(args):
             raise ValueError(f"{x.name}: less than one --batch of {args.batch}; say --batch {x.count}")
     captioner = cycle.Captioner.load(args.captioner, device, dtype)
     generator = cycle.Generator.load(args.generator, device, dtype)
+    if isinstance(captioner, cycle.Captioner2):
+        args.micro = args.micro or 4                                           # eight at once take more than 24 GB
     if args.side:
         if not isinstance(captioner, cycle.Captioner2):
             raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")

@@ -163,11 +163,12 @@ def text_signal(found):
 
 def text_joint(found):
     paired, own, known = (found["chosen"][k] for k in ("paired", "own", "known"))
-    lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Chosen on val, for rows that are compared with "
-             "each other: where every picture has a human caption, "
-             f"{paired['steps']} steps, learning rate {paired['lr']:g}, ir weighs {paired['ir']:g}; with own words "
-             f"{own['steps']}, {own['lr']:g}, {own['ir']:g}; of known pairs without ir {known['steps']}, "
-             f"{known['lr']:g}; tr weighs {found['chosen']['tr']:g}; the generator's rate is "
+    settings = [f"- {k}: {x['steps']} steps, learning rate {x['lr']:g}" + f", ir weighs {x['ir']:g}" * (x is not known)
+                for k, x in (("every picture has a human caption", paired), ("own words", own),
+                             ("known pairs without ir", known))]
+    lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Rows that are compared with each other have "
+             "equal settings, chosen on val (100, 200 and 400 steps were tried):", "", *settings, "",
+             f"tr weighs {found['chosen']['tr']:g}; the generator's learning rate is "
              f"{found['chosen']['generator']:g}. `known pairs: tg + ir` is own words without the own words, at their "
              "settings. Means over seeds; 95 % intervals resample scenes nothing was trained on, and the "
              f"{found['seeds']} seeds.", "",
@@ -206,7 +207,13 @@ def commands(found):
 
 
 def text_variants(found):
-    return [f"As above, with {found['seeds']} seeds and the settings of the row that is varied.", "",
+    kv = found["rows"]["own words, kv trained"]["all"]
+    rates = ", ".join(f"{k} {v:g}" for k, v in found["chosen"]["kv"].items())
+    return [f"As in the section before, with {found['seeds']} seeds and the settings of the row that is varied; only "
+            f"rows with keys and values have their own learning rate from val ({rates}). `other` is the row that a row "
+            "is compared with. Own words teach keys and values more than queries (`own words, kv trained` - `own "
+            f"words: tg + ir`): CIDEr {with_interval(kv['CIDEr minus queries'])}, true facts "
+            f"{with_interval(kv['facts minus queries'], 3)}.", "",
             *captioner_tables(found, "other"), *generator_table(found, "other"), "**Commands**", "", *commands(found)]
 
 
@@ -256,8 +263,8 @@ def text_findings(found, finding="Finding I: image -> text -> image"):
 
 
 def text_texts(found):
-    return [f"Ten drawings of each text in 50 steps, which are a thousand evaluations of the UNet: of {drawn(found)} "
-            "texts, less than the other tables have.", "", *text_drawings(found)]
+    return [f"Ten drawings of each of {drawn(found)} texts in 50 steps: a thousand evaluations of the UNet a text, so "
+            "fewer texts than elsewhere.", "", *text_drawings(found)]
 
 
 def text_pictures(found):
@@ -322,19 +329,21 @@ def text_cost(found):
 
 
 def text_real(found):
-    """What full-size models cost on a GPU."""
-    first, ten = found["real"]["vitb"], found["frozen"]
+    """What full-size models cost on a GPU; rows that did not fit it are not there."""
+    steps = found["real"]
+    first, apart = next(iter(steps.values())), steps["vitb --losses tg"]["s"] + steps["vitb --losses ig"]["s"]
     rows = [[f"`{name}`", *(f"{r[k]:.{n}f}" for k, n in (("s", 2), ("GiB", 1), ("GiB reserved", 1))),
-             f"{r['s'] / first['s']:.2f} x"] for name, r in found["real"].items()]
-    apart = found["real"]["vitb --losses tg"]["s"] + found["real"]["vitb --losses ig"]["s"]
-    return [markdown(["`finetune.py --captioner`", "seconds a step", "GiB", "GiB reserved", "time"], rows), "",
+             f"{r['s'] / first['s']:.2f}"] for name, r in steps.items()]
+    more = ", ".join(f"`{k}` {steps[k]['s'] / apart:.1f}" for k in ("vitb", "vitb --chunk 2", "vitb --chunk 8")
+                     if k in steps)
+    return [markdown(["`finetune.py --captioner`", "seconds a step", "GiB", "GiB reserved", "x the first"], rows), "",
             "Stable Diffusion v1-4 at 512 px with BLIP ViT-B, ViT-L and BLIP-2 (OPT 2.7b, 384 px): random weights in "
-            "the hub's layout, batches of 8, the fastest of six steps. GiB: the most that tensors took; reserved: with "
-            f"what the allocator held besides. All four losses take {first['s'] / apart:.1f} times what tg and ig take "
-            f"apart; with `--chunk 8` {found['real']['vitb --chunk 8']['s'] / apart:.1f} times. Five epochs of COCO "
-            f"(113,287 pictures) would take `vitb` {5 * (113_287 // 8) * first['s'] / 3600:.0f} hours.", "",
+            "the hub's layout, the miniature's pictures (enlarged), captions and tokenizers, batches of 8, the fastest "
+            "of six steps. GiB: the most that tensors took; reserved: with what the allocator held besides. All four "
+            f"losses take, as a multiple of tg and ig apart: {more}. Five epochs of COCO (113,287 pictures) would take "
+            f"`vitb` {5 * (113_287 // 8) * first['s'] / 3600:.0f} hours.", "",
             markdown(["a picture's ten captions", "seconds"], [
-                [k.removeprefix("ten captions: "), f"{v['s']:.2f}"] for k, v in ten.items()])]
+                [k.removeprefix("ten captions: "), f"{v['s']:.2f}"] for k, v in found["frozen"].items()])]
 
 
 COMMANDS = {"real": "python bench.py real --json results/real.json"}                     # of sections not of results.py
@@ -356,24 +365,31 @@ def claims(found):
         out |= {f"{name_of(k)}: CIDEr gained by the choice": rows[k]["all"]
                 for k in ("clip", "dino", "pixel", "few", "denoise", "denoise 1", "halved 60", "clipscore")}
         out |= {f"{name_of(k)} - beam search, out": rows[k]["out"]["over_beam"] for k in ("clip", "denoise")}
-        out |= {f"{name_of('denoise')} - {name_of(k)}": ahead[f"denoise minus {k}"]["all"]
-                for k in ("clip", "clipscore") if f"denoise minus {k}" in ahead}
+        out |= {" - ".join(map(name_of, k.split(" minus "))): ahead[k]["all"]
+                for k in ("denoise minus clip", "denoise minus clipscore", "clipscore minus clip") if k in ahead}
     if "pictures" in found:
         table = found["pictures"]["table"]
         out |= {f"{name_of(k)}, of drawings in 8 steps: {q} gained by the choice": table[q][k]["all"]
                 for q in table for k in ("clip", "clipscore")}
+        out["CLIP(picture, caption) - full cycle, CLIP, of drawings in 8 steps"] = found["pictures"]["differences"][
+            "clipscore minus clip"]
     if "texts" in found:
         table = found["texts"]["table"]
         out |= {f"{name_of(k)}, of drawings in 50 steps: {q} gained by the choice": table[q][k]["all"]
                 for q, k in (("CLIP", "clipscore"), ("facts", "denoised"), ("facts", "denoised less"))}
+        out["CLIP(picture, caption) - full cycle, CLIP, of drawings in 50 steps"] = found["texts"]["differences"][
+            "clipscore minus clip"]
     if "joint" in found:
-        rows = found["joint"]["rows"]["own words: tg + ir"]
+        rows = found["joint"]["rows"]
+        out |= {f"{k}, CIDEr minus none": rows[k]["all"]["CIDEr minus none"] for k in ("tg", "all four") if k in rows}
+        rows = rows["own words: tg + ir"]
         out |= {f"own words: tg + ir, {k} {other}, {d}": rows[d][f"{k} {other}"] for d in ("all", "out")
                 for k in ("CIDEr", "facts") for other in ("minus none", "minus alone")}
     if "variants" in found:
         rows = found["variants"]["rows"]["own words, kv trained"]
         out |= {f"own words, kv trained, {k} minus known pairs: tg, kv trained, {d}": rows[d][f"{k} minus alone"]
                 for d in ("all", "out") for k in ("CIDEr", "facts")}
+        out["own words, kv trained, CIDEr minus own words: tg + ir"] = rows["all"]["CIDEr minus queries"]
     return out
 
 
@@ -405,7 +421,7 @@ def write(folder):
                 if section == name and (file != "taught" or found.get("shown")) for x in (
                     f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
             parts[name] = globals()[f"text_{name}"](found)
-            command = f"python results.py {name}{' --quick' * about['quick']}"
+            command = f"python results.py {name}{' --quick' * about.get('quick', False)}"
             command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
             command = COMMANDS.get(name, command)
             out += ["", f"## {title}", "", f"`{command}`; {about['machine']}, torch {about['torch']}, "

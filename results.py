@@ -34,7 +34,7 @@ AHEAD = (("denoise", "clip"), ("denoise", "clipscore"), ("denoise 1", "clip"), (
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
-QUICK = ("scorers", "pictures", "joint")                     # the parts of --quick: what report.claims reads
+QUICK = ("scorers", "pictures", "joint")                     # the parts of --quick: most of what report.claims reads
 FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
 PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
          "variants", "cost")
@@ -436,6 +436,7 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
             "ig + tr, tr where t < 600": PAIRED + "ig tr --tmax 600",
             "ig + tr, q, k, v trained": PAIRED + "ig tr --unfreeze q qkv"}
+KV = "own words, kv trained", "known pairs: tg, kv trained", "tg, kv trained"             # have their own rate from val
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2                              # learning rates of the captioner
 STEPS = 100, 200, 400
 # what each row must beat, (captions, drawings): the same described pictures without the other model
@@ -560,8 +561,8 @@ def marks(rows, metrics):
 
 def tuned(args, metrics):
     """What val chooses, by the mean CIDEr of the three domains and of two seeds: ({"paired", "own", "known": {"lr",
-    "ir", "steps"}, "tr": its weight in all four, "generator": its lr, by its denoising loss}, what was tried). Rows
-    that are compared have equal steps: `known`, those of `own`."""
+    "ir", "steps"}, "tr": its weight in all four, "generator": its lr, by its denoising loss, "kv": {row: lr}}, what was
+    tried). Rows that are compared have equal steps: `known`, those of `own`."""
     tried, generator = {}, None
     none = marks(examined(args, {"val none": (None, VAL, 150, 50)})["val none"], metrics)
     tried["none"] = {k: float(np.nanmean(v)) for k, v in none.items()}
@@ -571,7 +572,8 @@ def tuned(args, metrics):
         options = {f"{row}, lr {lr:g}" + "".join(f", {k} {v:g}" for k, v in w.items()) + f", {n} steps" * (n != 200):
                    (lr, w, n) for lr, w, n in itertools.product(rates, weights, steps)}
         runs = {(name, seed): f"val {name}, seed {seed}" for name in options for seed in (98, 99)}
-        train(args, {run: argv(TABLE[row], (options[name][0], generator or options[name][0]), *options[name][1:], seed)
+        flags = (TABLE | VARIANTS)[row]
+        train(args, {run: argv(flags, (options[name][0], generator or options[name][0]), *options[name][1:], seed)
                      for (name, seed), run in runs.items()})
         found = examined(args, {run: (str(args.work / "joint" / run), VAL, 150, 50 * (row == "ig"))
                                 for run in runs.values()})
@@ -588,8 +590,10 @@ def tuned(args, metrics):
     own = best("own words: tg + ir", [own[0]], [own[1]], STEPS)
     known = best("known pairs: tg", RATES)[0], *own[1:]
     tr = best("all four", [rate], [ir | {"tr": w} for w in (.3, 1, 3)])[1]["tr"]
+    kv = {row: best(row, RATES[:4], *([x] for x in like[1:]))[0]
+          for row, like in zip(KV, (own, (known[0], {}, known[2]), (paired[0], {}, paired[2])))}
     return {k: {"lr": lr, "ir": w["ir"], "steps": n} for k, (lr, w, n) in (
-        ("paired", paired), ("own", own), ("known", known))} | {"tr": tr, "generator": generator}, tried
+        ("paired", paired), ("own", own), ("known", known))} | {"tr": tr, "generator": generator, "kv": kv}, tried
 
 
 def argv(flags, lrs, weights, steps, seed):
@@ -615,7 +619,8 @@ def joint(args):
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
     varied = "tg", "known pairs: tg", "own words: tg + ir", "ig + tr"
-    keep(args, "variants", taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0])
+    found = taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0]
+    keep(args, "variants", {k: v for k, v in found.items() if k != "val"})                     # which joint.json holds
 
 
 def draws(flags):
@@ -636,6 +641,7 @@ def taught(args, rows, seeds):
         chosen, tried = tuned(args, metrics)
     setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
                for k, f in rows.items()}
+    setting = {k: v | {"lr": chosen["kv"][k]} if k in KV else v for k, v in setting.items()}
     runs = {f"{name} {seed}": argv(f, (setting[name]["lr"], chosen["generator"]), {
         "ir": setting[name]["ir"], "tr": chosen["tr"]}, setting[name]["steps"], seed)
             for seed in range(seeds) for name, f in rows.items()}
@@ -656,7 +662,8 @@ def taught(args, rows, seeds):
                 continue
             alone = ALONE.get(name, ("none", "none"))[k in ("ig", "pairs")]
             out[name][d][k] = over_seeds(v[:, at], metrics)
-            for key, other in (("minus none", "none"), ("minus alone", alone)):
+            for key, other in (("minus none", "none"), ("minus alone", alone),
+                               *[("minus queries", "own words: tg + ir")] * (name == "own words, kv trained")):
                 if other in each and not np.isnan(each[other][k][:, at]).any():
                     out[name][d][f"{k} {key}"] = over_seeds(v[:, at] - each[other][k][:, at], metrics)
     return {"seeds": seeds, "chosen": chosen, "val": tried, "rows": out,

@@ -269,3 +269,18 @@ def test_text_image_text(captioner, generator):
     assert talk.images.shape == (2, 3, 3, 32, 32) and not torch.equal(talk.images[0, 0], talk.images[0, 1])
     assert talk.captions[1][2] == captioner.speak(talk.images[1, 2:], 1, "beam")[0][0][0]
     assert talk.scores["words"][0].tolist() == [len(set(c.split()) & set(CAPTION.split())) for c in talk.captions[0]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is asked")
+def test_freed_memory_is_kept_on_a_cpu():
+    """Page faults of the same allocations: few where a model is loaded on the CPU, unless the environment objects."""
+    code = ("import resource, torch, cycle; cycle.settle('cpu'); torch.set_num_threads(1)\n"
+            "def faults():\n    [torch.zeros(2 ** 22) for _ in range(6)]\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "faults(); first = faults(); [faults() for _ in range(9)]; print(faults() - first)")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+
+    def faults(env):
+        return int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True,
+                                  check=True).stdout)
+    assert faults(plain) < faults(plain | {"MALLOC_TRIM_THRESHOLD_": "131072"}) / 4

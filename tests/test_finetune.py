@@ -234,15 +234,6 @@ def test_weights_follow_their_losses():
         finetune.flags(["--own", "photoz"])
 
 
-def test_blip2_fits_24_gb_by_default():
-    """Of eight samples at once it takes 25.4 GiB, of four 19.3 (results/real.json)."""
-    few, every = (finetune.flags(["--captioner", name, "--data", "miniature"]).micro for name in ("blip2", "vitb"))
-    assert few == 4 and every is None
-    read = json.loads((ROOT / "results/real.json").read_text())["real"]
-    assert read["blip2"]["GiB reserved"] > 24 > read["blip2 --micro 4"]["GiB reserved"] + 1
-    assert 24 > read["vitl"]["GiB reserved"] + 1 and 12 > read["vitb --micro 2"]["GiB reserved"] + 1
-
-
 def test_a_learning_rate_for_each_side(tmp_path):
     one = run(tmp_path / "one", "--steps", 1)
     two = run(tmp_path / "two", "--steps", 1, "--lr", 1e-3, 0)
@@ -314,6 +305,13 @@ def test_a_tiny_decoder_takes_the_exact_ones_place(whole, tmp_path):
     AutoencoderTiny(**tiny | {"latent_channels": 4}).save_pretrained(tmp_path / "four")
     with pytest.raises(ValueError, match="4 latent channels, the generator has 8"):
         run(tmp_path / "no", "--steps", 1, "--decoder", tmp_path / "four")
+
+
+def test_what_fits_24_gb():
+    """The readings of `bench.py real`, by which finetune.py takes four samples of BLIP-2 at once, and README speaks."""
+    read = {k: v["GiB reserved"] for k, v in json.loads((ROOT / "results/real.json").read_text())["real"].items()}
+    assert read["blip2 --micro 8"] > 24 and all(read[k] < 23 for k in ("blip2", "vitl", "vitb", "vitb --chunk 2"))
+    assert read["vitb --micro 2"] < 11 and read["vitb --checkpointing"] < 11
 
 
 def test_a_blip2_trains_its_query_tokens_and_nothing_else(blip2, tmp_path, monkeypatch):

@@ -48,12 +48,12 @@ def test_what_the_text_claims_is_beyond_chance():
 def test_a_wrong_sign_is_shown(tmp_path):
     found = json.loads((ROOT / "results/joint.json").read_text())
     (tmp_path / "joint.json").write_text(json.dumps(found))
-    assert "8 of 8" in "\n".join(report.signs(tmp_path))
+    assert "10 of 10" in "\n".join(report.signs(tmp_path))
     for end in ("value", "low", "high"):
         found["rows"]["own words: tg + ir"]["out"]["CIDEr minus none"][end] *= -1
     (tmp_path / "joint.json").write_text(json.dumps(found))
     table = "\n".join(report.signs(tmp_path))
-    assert "7 of 8" in table and re.search(r"CIDEr minus none, out \|.*\*\*no\*\*", table)
+    assert "9 of 10" in table and re.search(r"CIDEr minus none, out \|.*\*\*no\*\*", table)
 
 
 def test_report_of_another_folder(tmp_path):
