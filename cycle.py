@@ -267,7 +267,7 @@ def settle(device=None, dtype=None):
 @functools.cache
 def keep_memory():
     """Tells glibc, for this whole process, to keep freed memory: else it goes back to the system after each layer and
-    comes anew, page by page, a quarter of the miniature's time on a CPU. Nothing happens elsewhere, nor where the
+    comes anew, page by page, up to a quarter of the miniature's time on a CPU. Nothing happens elsewhere, nor where the
     environment already tells it (MALLOC_TRIM_THRESHOLD_=131072 is glibc's own way)."""
     told = any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ)
     if not told and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):

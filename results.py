@@ -57,7 +57,7 @@ def flags(argv=None):
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
     args.parts.sort(key=PARTS.index)
-    args.items, args.steps, args.draws = (30, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
+    args.items, args.steps, args.draws = (40, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
     return args
 
 
@@ -431,6 +431,7 @@ VARIANTS = {"own words, plain bridge": OWN + "tg ir --bridge plain",
             "own words, word bridge (straight through)": OWN + "tg ir --bridge word",
             "own words, temperature 0.5": OWN + "tg ir --temperature .5",
             "own words, kv trained": OWN + "tg ir --unfreeze kv q",
+            "own words, kv trained, the queries' rate": OWN + "tg ir --unfreeze kv q",
             "known pairs: tg, kv trained": KNOWN + "tg --unfreeze kv q",
             "tg, kv trained": PAIRED + "tg --unfreeze kv q",
             "own words, q, k, v trained": OWN + "tg ir --unfreeze qkv q",
@@ -444,7 +445,8 @@ ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four"), ("tg", "ig")), **di
     ("known pairs: tg + ir", "own words: tg + ir", "own words: all four"), ("known pairs: tg", "known pairs: ig")),
     **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS},
     "known pairs: tg, kv trained": ("known pairs: tg",) * 2, "tg, kv trained": ("tg",) * 2,
-    "own words, kv trained": ("known pairs: tg, kv trained",) * 2}
+    **dict.fromkeys(("own words, kv trained", "own words, kv trained, the queries' rate"),
+                    ("known pairs: tg, kv trained",) * 2)}
 
 
 def begin():
@@ -590,7 +592,7 @@ def tuned(args, metrics):
     own = best("own words: tg + ir", [own[0]], [own[1]], STEPS)
     known = best("known pairs: tg", RATES)[0], *own[1:]
     tr = best("all four", [rate], [ir | {"tr": w} for w in (.3, 1, 3)])[1]["tr"]
-    kv = {row: best(row, RATES[:4], *([x] for x in like[1:]))[0]
+    kv = {row: best(row, RATES[:5], *([x] for x in like[1:]))[0]
           for row, like in zip(KV, (own, (known[0], {}, known[2]), (paired[0], {}, paired[2])))}
     return {k: {"lr": lr, "ir": w["ir"], "steps": n} for k, (lr, w, n) in (
         ("paired", paired), ("own", own), ("known", known))} | {"tr": tr, "generator": generator, "kv": kv}, tried
@@ -620,7 +622,7 @@ def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
     varied = "tg", "known pairs: tg", "own words: tg + ir", "ig + tr"
     found = taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0]
-    keep(args, "variants", {k: v for k, v in found.items() if k != "val"})                     # which joint.json holds
+    keep(args, "variants", found | {"val": {k: v for k, v in found["val"].items() if "kv trained" in k}})
 
 
 def draws(flags):
@@ -663,7 +665,7 @@ def taught(args, rows, seeds):
             alone = ALONE.get(name, ("none", "none"))[k in ("ig", "pairs")]
             out[name][d][k] = over_seeds(v[:, at], metrics)
             for key, other in (("minus none", "none"), ("minus alone", alone),
-                               *[("minus queries", "own words: tg + ir")] * (name == "own words, kv trained")):
+                               *[("minus queries", "own words: tg + ir")] * name.startswith("own words, kv trained")):
                 if other in each and not np.isnan(each[other][k][:, at]).any():
                     out[name][d][f"{k} {key}"] = over_seeds(v[:, at] - each[other][k][:, at], metrics)
     return {"seeds": seeds, "chosen": chosen, "val": tried, "rows": out,
