@@ -269,7 +269,7 @@ def keep_memory():
     """Tells glibc, for this whole process, to keep freed memory: else it goes back to the system after each layer and
     comes anew, page by page, up to a quarter of the miniature's time on a CPU. Nothing happens elsewhere, nor where the
     environment already tells it (MALLOC_TRIM_THRESHOLD_=131072 is glibc's own way)."""
-    told = any(k.startswith("MALLOC_") or k == "GLIBC_TUNABLES" for k in os.environ)
+    told = os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
     if not told and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         libc.mallopt(-1, 2 ** 31 - 1)                        # M_TRIM_THRESHOLD: never
         libc.mallopt(-3, 2 ** 25)                            # M_MMAP_THRESHOLD: the largest there is

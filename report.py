@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -167,7 +168,8 @@ def text_joint(found):
                 for k, x in (("every picture has a human caption", paired), ("own words", own),
                              ("known pairs without ir", known))]
     lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Rows that are compared with each other have "
-             "equal settings, chosen on val (100, 200 and 400 steps were tried):", "", *settings, "",
+             "equal steps, and learning rates of their own, chosen on val (of 100, 200 and 400 steps; known pairs take "
+             "those of own words):", "", *settings, "",
              f"tr weighs {found['chosen']['tr']:g}; the generator's learning rate is "
              f"{found['chosen']['generator']:g}. `known pairs: tg + ir` is own words without the own words, at their "
              "settings. Means over seeds; 95 % intervals resample scenes nothing was trained on, and the "
@@ -207,15 +209,15 @@ def commands(found):
 
 
 def text_variants(found):
-    rates = ", ".join(f"{k} {v:g}" for k, v in found["chosen"]["kv"].items())
+    rates = ", ".join(f"`{k}` {v:g}" for k, v in found["chosen"]["kv"].items())
     tried = ", ".join(f"{k.split('lr ')[1].split(',')[0]} {v['CIDEr']:.1f}" for k, v in found["val"].items()
                       if k.startswith("own words"))
     more = [[k, *(with_interval(r[d][f"{q} minus queries"], n) for q, n in (("CIDEr", 1), ("facts", 3))
                   for d in ("all", *DOMAINS))] for k, r in found["rows"].items() if "CIDEr minus queries" in r["all"]]
-    return [f"As in the section before, with {found['seeds']} seeds and the settings of the row that is varied; only "
-            f"rows with keys and values have their own learning rate from val ({rates}). With own words val can hardly "
-            f"tell the rates apart (CIDEr by rate: {tried}), and they are not alike on the test scenes, so the row at "
-            "the queries' rate stands beside it. `other` is the row that a row is compared with.", "",
+    return [f"As in the section before, {found['seeds']} seeds and the settings of the row that is varied, but for "
+            f"three rows with keys and values, whose learning rate val chose ({rates}). CIDEr on val of `own words, kv "
+            f"trained` by rate: {tried}. The row at the queries' rate stands beside it; val did not choose it. `other` "
+            "is the row that a row is compared with.", "",
             "**Keys and values minus queries** (`own words: tg + ir`)", "",
             markdown(["trained", *(f"{q}, {d}" for q in ("CIDEr", "facts") for d in ("all", *DOMAINS))], more), "",
             *captioner_tables(found, "other"), *generator_table(found, "other"), "**Commands**", "", *commands(found)]
@@ -319,7 +321,11 @@ def text_samplers(found):
     return [f"Drawn in 8 steps of DPM-Solver++; CIDEr gained on {items} pictures, where beam search (3) has "
             f"{plain(found['beam'])}.", "",
             markdown(["ten captions by", *head], ways), "",
-            markdown(["N (top-p)", *head], [row(k, r) for k, r in found["N"].items()])]
+            markdown(["N (top-p)", *head], [row(k, r) for k, r in found["N"].items()]), "",
+            "Differences of what was chosen, of the same pictures:", "",
+            markdown(["CIDEr", *head[2:]], [
+                [k, *(with_interval(x[q]) for q in ("clip", "dino", "pixel", "denoise", "clipscore", "likelihood"))]
+                for k, x in found["differences"].items()])]
 
 
 def text_cost(found):
@@ -335,17 +341,16 @@ def text_cost(found):
 def text_real(found):
     """What full-size models cost on a GPU; rows that did not fit it are not there."""
     steps = found["real"]
-    first, apart = next(iter(steps.values())), steps["vitb --losses tg"]["s"] + steps["vitb --losses ig"]["s"]
+    apart = steps["vitb --losses tg"]["s"] + steps["vitb --losses ig"]["s"]
     rows = [[f"`{name}`", *(f"{r[k]:.{n}f}" for k, n in (("s", 2), ("GiB", 1), ("GiB reserved", 1))),
-             f"{r['s'] / first['s']:.2f}"] for name, r in steps.items()]
-    more = ", ".join(f"`{k}` {steps[k]['s'] / apart:.1f}" for k in ("vitb", "vitb --chunk 2", "vitb --chunk 8")
-                     if k in steps)
-    return [markdown(["`finetune.py --captioner`", "seconds a step", "GiB", "GiB reserved", "x the first"], rows), "",
+             f"{r['s'] / apart:.1f}"] for name, r in steps.items()]
+    hours = 5 * (113_287 // 8) * steps["vitb"]["s"] / 3600 if "vitb" in steps else math.nan
+    return [markdown(["`finetune.py --captioner`", "seconds a step", "GiB", "GiB reserved", "x (tg + ig)"], rows), "",
             "Stable Diffusion v1-4 at 512 px with BLIP ViT-B, ViT-L and BLIP-2 (OPT 2.7b, 384 px): random weights in "
             "the hub's layout, the miniature's pictures (enlarged), captions and tokenizers, batches of 8, the fastest "
-            "of six steps. GiB: the most that tensors took; reserved: with what the allocator held besides. All four "
-            f"losses take, as a multiple of tg and ig apart: {more}. Five epochs of COCO (113,287 pictures) would take "
-            f"`vitb` {5 * (113_287 // 8) * first['s'] / 3600:.0f} hours.", "",
+            "of six steps. GiB: the most that tensors took; reserved: with what the allocator held as well; x (tg + "
+            "ig): time as a multiple of `vitb --losses tg` and `vitb --losses ig`. Five epochs of COCO (113,287 "
+            f"pictures) would take `vitb` {hours:.0f} hours.", "",
             markdown(["a picture's ten captions", "seconds"], [
                 [k.removeprefix("ten captions: "), f"{v['s']:.2f}"] for k, v in found["frozen"].items()])]
 

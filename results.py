@@ -1,7 +1,7 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
-    make results                  # everything: an estimated four hours on two AVX-512 cores, nine on two AVX2 ones
-    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: ten minutes (AVX2)
+    make results                  # everything: an estimated three hours on two AVX-512 cores, eight on two AVX2 ones
+    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: 13 minutes (AVX2)
     python results.py scorers     # one part
     python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
@@ -57,7 +57,7 @@ def flags(argv=None):
     if args.quick:
         args.out, args.work = args.out / "quick", args.work / "quick"
     args.parts.sort(key=PARTS.index)
-    args.items, args.steps, args.draws = (40, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
+    args.items, args.steps, args.draws = (30, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
     return args
 
 
@@ -561,10 +561,10 @@ def marks(rows, metrics):
     return {"CIDEr": 100 * metrics.cider([r["caption"] for r in rows], [r["references"] for r in rows])} | out
 
 
-def tuned(args, metrics):
+def tuned(args, metrics, keys=False):
     """What val chooses, by the mean CIDEr of the three domains and of two seeds: ({"paired", "own", "known": {"lr",
-    "ir", "steps"}, "tr": its weight in all four, "generator": its lr, by its denoising loss, "kv": {row: lr}}, what was
-    tried). Rows that are compared have equal steps: `known`, those of `own`."""
+    "ir", "steps"}, "tr": its weight in all four, "generator": its lr, by its denoising loss, "kv": {row: lr} with
+    `keys`}, what was tried). Rows that are compared have equal steps: `known`, those of `own`."""
     tried, generator = {}, None
     none = marks(examined(args, {"val none": (None, VAL, 150, 50)})["val none"], metrics)
     tried["none"] = {k: float(np.nanmean(v)) for k, v in none.items()}
@@ -574,8 +574,8 @@ def tuned(args, metrics):
         options = {f"{row}, lr {lr:g}" + "".join(f", {k} {v:g}" for k, v in w.items()) + f", {n} steps" * (n != 200):
                    (lr, w, n) for lr, w, n in itertools.product(rates, weights, steps)}
         runs = {(name, seed): f"val {name}, seed {seed}" for name in options for seed in (98, 99)}
-        flags = (TABLE | VARIANTS)[row]
-        train(args, {run: argv(flags, (options[name][0], generator or options[name][0]), *options[name][1:], seed)
+        words = (TABLE | VARIANTS)[row]
+        train(args, {run: argv(words, (options[name][0], generator or options[name][0]), *options[name][1:], seed)
                      for (name, seed), run in runs.items()})
         found = examined(args, {run: (str(args.work / "joint" / run), VAL, 150, 50 * (row == "ig"))
                                 for run in runs.values()})
@@ -593,7 +593,7 @@ def tuned(args, metrics):
     known = best("known pairs: tg", RATES)[0], *own[1:]
     tr = best("all four", [rate], [ir | {"tr": w} for w in (.3, 1, 3)])[1]["tr"]
     kv = {row: best(row, RATES[:5], *([x] for x in like[1:]))[0]
-          for row, like in zip(KV, (own, (known[0], {}, known[2]), (paired[0], {}, paired[2])))}
+          for row, like in zip(KV if keys else (), (own, (known[0], {}, known[2]), (paired[0], {}, paired[2])))}
     return {k: {"lr": lr, "ir": w["ir"], "steps": n} for k, (lr, w, n) in (
         ("paired", paired), ("own", own), ("known", known))} | {"tr": tr, "generator": generator, "kv": kv}, tried
 
@@ -640,7 +640,7 @@ def taught(args, rows, seeds):
         for kind in ("paired", "own", "known"):
             chosen[kind]["steps"] = 60
     else:
-        chosen, tried = tuned(args, metrics)
+        chosen, tried = tuned(args, metrics, any(k in KV for k in rows))
     setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
                for k, f in rows.items()}
     setting = {k: v | {"lr": chosen["kv"][k]} if k in KV else v for k, v in setting.items()}
@@ -882,7 +882,7 @@ def samplers(args):
     """Ways of speaking and N (appendices B to D): what a choice is worth; drawn in 8 steps."""
     import data
     import metrics
-    limit, out = 10 if args.quick else 50, {"ways": {}, "N": {}}
+    limit, out, chosen = 10 if args.quick else 50, {"ways": {}, "N": {}}, {}
     for way, n in (("beam", 3), ("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
         groups, references, jobs = [], [], []
         for domain in DOMAINS:
@@ -909,6 +909,12 @@ def samplers(args):
         if n == 20:
             out["N"] = {m: {k: metrics.choices(quality[:, :m], v[:, :m]) for k, v in score.items()}
                         for m in (2, 5, 10, 20)}
+        for m in (2, 5, 10, 20)[:4 if n == 20 else 0] or (10,):
+            chosen[way, m] = {k: quality[np.arange(len(v)), v[:, :m].argmax(1)] for k, v in score.items()}
+    pairs = {f"{way} - top-p": ((way, 10), ("top-p", 10)) for way in out["ways"] if way != "top-p"} | {
+        f"{m} - {k}": (("top-p", m), ("top-p", k)) for m, k in ((5, 2), (10, 5), (20, 5), (20, 10))}
+    out["differences"] = {name: {k: mean_of(chosen[a][k] - chosen[b][k], metrics) for k in chosen[a]}
+                          for name, (a, b) in pairs.items()}
     keep(args, "samplers", out)
 
 
