@@ -2,7 +2,7 @@
 
     python bench.py                     # all but real, about three minutes on two cores
     python bench.py bridge scores       # some: bridge, scores, step, captions
-    python bench.py real                # on a GPU: what fits and how fast, at the real models' size; six minutes (H100)
+    python bench.py real                # on a GPU: what fits at the real models' size, how fast; four minutes (H100)
 
 What is compared is the same work with the same result; the tests hold the results against each other, not this file.
 """
@@ -26,7 +26,7 @@ def flags(argv=None):
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
     p.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON, too")
-    p.add_argument("--work", type=Path, default=HERE / "out/real", help="folder of the random models of `real`: 12 GB")
+    p.add_argument("--work", type=Path, default=HERE / "out/real", help="folder of the random models of `real`: 11 GB")
     p.add_argument("--captions", type=Path, help="Karpathy rows [{image, caption: [5]}] for scores; default invented")
     args = p.parse_args(argv)
     args.what = args.what or [name for name in BENCHES if name != "real"]

@@ -636,7 +636,7 @@ def taught(args, rows, seeds):
     `examine` saw) of rows {name: flags}."""
     import metrics
     if args.quick:                                                        # what an earlier full run chose, fewer steps
-        chosen, tried = json.loads((HERE / "results/joint.json").read_text())["chosen"], {}
+        chosen, tried = json.loads((HERE / "results/variants.json").read_text())["chosen"], {}
         for kind in ("paired", "own", "known"):
             chosen[kind]["steps"] = 60
     else:
@@ -909,7 +909,7 @@ def samplers(args):
         if n == 20:
             out["N"] = {m: {k: metrics.choices(quality[:, :m], v[:, :m]) for k, v in score.items()}
                         for m in (2, 5, 10, 20)}
-        for m in (2, 5, 10, 20)[:4 if n == 20 else 0] or (10,):
+        for m in (2, 5, 10, 20) if n == 20 else (10,):
             chosen[way, m] = {k: quality[np.arange(len(v)), v[:, :m].argmax(1)] for k, v in score.items()}
     pairs = {f"{way} - top-p": ((way, 10), ("top-p", 10)) for way in out["ways"] if way != "top-p"} | {
         f"{m} - {k}": (("top-p", m), ("top-p", k)) for m, k in ((5, 2), (10, 5), (20, 5), (20, 10))}

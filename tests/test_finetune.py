@@ -325,6 +325,7 @@ def test_a_blip2_trains_its_query_tokens_and_nothing_else(blip2, tmp_path, monke
     wide = ["--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1, "--side", 42]
     run(tmp_path / "wide", *wide)
     assert log(tmp_path / "wide")[0]["tg"] != log(tmp_path)[0]["tg"] and kept[1].size == (42, 42)
+    assert json.loads((tmp_path / "wide/checkpoint.json").read_text())["settings"]["micro"] == 4    # 24 GB: see above
     ours = load(blip2, "cpu")
     cycle.adopt(tmp_path / "wide", ours)
     assert ours.pixels(torch.zeros(1, 3, 9, 9)).shape[-1] == 42               # and where it is used, likewise

@@ -41,7 +41,7 @@ def test_what_the_text_claims_is_beyond_chance():
     found = {k: json.loads((ROOT / f"results/{k}.json").read_text()) for k in (
         "scorers", "pictures", "texts", "joint", "variants", "val")}
     claimed = report.claims(found)
-    assert len(claimed) >= 28 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
+    assert len(claimed) >= 38 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
     assert not [r for r in found["val"]["rows"] if report.interval(r["minus even"])[0] > 0]      # as text_val says
 
 
@@ -94,6 +94,8 @@ def test_what_a_row_trains_and_weighs():
     rows = {**results.TABLE, **results.VARIANTS}
     assert all({k, *v} <= rows.keys() for k, v in results.ALONE.items())
     assert results.VARIANTS.keys() < results.ALONE.keys()
+    quick = json.loads((ROOT / "results/variants.json").read_text())["chosen"]            # --quick takes it from here
+    assert quick["kv"].keys() == set(results.KV) and quick.keys() >= {"paired", "own", "known", "tr", "generator"}
     assert not any(results.draws(rows[v[0]]) for k, v in results.ALONE.items() if k in results.TABLE)
 
 
