@@ -216,7 +216,7 @@ def text_variants(found):
                   for d in ("all", *DOMAINS))] for k, r in found["rows"].items() if "CIDEr minus queries" in r["all"]]
     return [f"As in the section before, {found['seeds']} seeds and the settings of the row that is varied, but for "
             f"three rows with keys and values, whose learning rate val chose ({rates}). CIDEr on val of `own words, kv "
-            f"trained` by rate: {tried or 'not taken here'}. The row at the queries' rate stands beside it; val did not "
+            f"trained` by rate: {tried or 'not taken'}. The row at the queries' rate stands beside it; val did not "
             "choose it. `other` is the row that a row is compared with.", "",
             "**Keys and values minus queries** (`own words: tg + ir`)", "",
             markdown(["trained", *(f"{q}, {d}" for q in ("CIDEr", "facts") for d in ("all", *DOMAINS))], more), "",
