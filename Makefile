@@ -16,7 +16,7 @@ check: .venv/ready
 	@.venv/bin/python miniature.py --check --threads 2 --scenes 300
 
 results: .venv/ready
-	@echo "parley: what RESULTS.md says of the miniature (an estimated three hours on two AVX-512 cores, eight on two AVX2 ones; QUICK=1: an estimated 13 minutes (AVX2))"
+	@echo "parley: what RESULTS.md says of the miniature (an estimated three hours on two AVX-512 cores, eight on two AVX2 ones; QUICK=1: 13 minutes (AVX2))"
 	@.venv/bin/python results.py $(if $(QUICK),--quick)
 	@.venv/bin/python report.py $(if $(QUICK),--folder results/quick)
 
