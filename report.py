@@ -1,7 +1,7 @@
 """Tables, figures and the README's numbers from results/*.json: no number is typed by hand.
 
     python report.py                        # RESULTS.md, results/*.png, the marked tables of README.md
-    python report.py --folder results/quick # of another folder: RESULTS.md beside it, the README is left alone
+    python report.py --folder results/short # of another folder: RESULTS.md beside it, the README is left alone
 """
 import argparse
 import json
@@ -101,7 +101,7 @@ def text_scorers(found):
     both = [[name_of(k), with_interval(r["all"]["with_beams"], sign=False),
              *(with_interval(r[d]["with_beams_over_beam"]) for d in ("all", *DOMAINS))]
             for k, r in found["scorers"].items() if "with_beams" in r["all"]]
-    lines += ["", "With the three beams added to the ten (which were not drawn in 50 steps, for the full cycle):", "",
+    lines += ["", "With the three beams added to the ten (which were not drawn for the full cycle):", "",
               markdown(["chosen by", "CIDEr", "minus beam search", *DOMAINS], both)]
     lines += ["", "Subtracting the loss under the empty caption changes no order among the captions of one picture, by "
               "construction; for pictures of one text it does (Finding II above)."]
@@ -169,7 +169,8 @@ def text_joint(found):
                              ("known pairs without ir", known))]
     lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Rows that are compared with each other have "
              "equal steps, and learning rates of their own, chosen on val (of 100, 200 and 400 steps; known pairs take "
-             "those of own words):", "", *settings, "",
+             "those of own words)" + ("" if found["val"] else ", by the full run; the steps are fewer here") + ":", "",
+             *settings, "",
              f"tr weighs {found['chosen']['tr']:g}; the generator's learning rate is "
              f"{found['chosen']['generator']:g}. `known pairs: tg + ir` is own words without the own words, at their "
              "settings. Means over seeds; 95 % intervals resample scenes nothing was trained on, and the "
@@ -179,29 +180,35 @@ def text_joint(found):
              "pictures of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to "
              "beat, is the same described pictures without the other model. The val scenes, by which settings were "
              "chosen, are of all domains.", "", *captioner_tables(found), *generator_table(found)]
-    if not found["val"]:                                                                       # of --quick
-        return lines
+    if found["val"]:                                                                 # of smaller sizes there is none
+        lines += searched(found)
+    if "norms" in found:
+        norms = [[name, k.removeprefix("norm_"), *(f"{v[side]:.3f}" for side in ("captioner", "generator"))]
+                 for name, row in found["norms"].items() for k, v in row.items()]
+        lines += ["**Gradient norms** at the first step, weights included", "",
+                  markdown(["run", "loss", "captioner", "generator"], norms), "",
+                  "**Before and after** (the figure): the first scenes of out whose beam caption changed in `own "
+                  "words: all four`, seed 0; each drawing is of the first human caption, from the same noise, in 50 "
+                  "steps.", ""]
+    return [*lines, "**Commands**", "", *commands(found)]
+
+
+def searched(found):
+    """What val chose from, and what the search says of the rows that gain nothing."""
     tried = [[k, *(f"{v[m]:.{n}f}" if m in v else "" for m, n in (("CIDEr", 1), ("facts", 3), ("ig", 4)))]
              for k, v in found["val"].items()]
-    lines += ["**Tried on val** (means of two seeds; by CIDEr, the generator's rate by the denoising loss)", "",
-              markdown(["run", "CIDEr", "true facts", "denoising loss"], tried), ""]
     first, change = found["norms"]["all four"], found["rows"]["ig"]["all"]["ig minus none"]
     rates = ", ".join(f"{k[4:]} {v['ig']:.5f}" for k, v in found["val"].items() if k.startswith("ig, "))
-    lines += ["**Where nothing is gained, what there is to see.** With a human caption for every picture, a larger "
-              "weight of ir is no better on val (above), so it is not that ir is too weak, though its gradient on the "
-              f"captioner is {first['norm_ir']['captioner'] / first['norm_tg']['captioner']:.2f} of tg's at the first "
-              "step: the human caption already says it. tr reads a picture from which, at most timesteps, the caption "
-              "is read as well as from the original (\"What is there to learn from?\"): it is tg again on a near copy. "
-              f"The generator's own loss does not fall: ig alone changes it by {with_interval(change, 6)}, and on val "
-              f"(untrained {found['val']['none']['ig']:.5f}) with every learning rate tried ({rates}): trained long "
-              "before on the same world, its query projections have little left to gain from more of it.", ""]
-    norms = [[name, k.removeprefix("norm_"), *(f"{v[side]:.3f}" for side in ("captioner", "generator"))]
-             for name, row in found["norms"].items() for k, v in row.items()]
-    return [*lines, "**Gradient norms** at the first step, weights included", "",
-            markdown(["run", "loss", "captioner", "generator"], norms), "",
-            "**Before and after** (the figure): the first scenes of out whose beam caption changed in `own words: all "
-            "four`, seed 0; each drawing is of the first human caption, from the same noise, in 50 steps.", "",
-            "**Commands**", "", *commands(found)]
+    return ["**Tried on val** (means of two seeds; by CIDEr, the generator's rate by the denoising loss)", "",
+            markdown(["run", "CIDEr", "true facts", "denoising loss"], tried), "",
+            "**Where nothing is gained, what there is to see.** With a human caption for every picture, a larger "
+            "weight of ir is no better on val (above), so it is not that ir is too weak, though its gradient on the "
+            f"captioner is {first['norm_ir']['captioner'] / first['norm_tg']['captioner']:.2f} of tg's at the first "
+            "step: the human caption already says it. tr reads a picture from which, at most timesteps, the caption "
+            "is read as well as from the original (\"What is there to learn from?\"): it is tg again on a near copy. "
+            f"The generator's own loss does not fall: ig alone changes it by {with_interval(change, 6)}, and on val "
+            f"(untrained {found['val']['none']['ig']:.5f}) with every learning rate tried ({rates}): trained long "
+            "before on the same world, its query projections have little left to gain from more of it.", ""]
 
 
 def commands(found):
@@ -269,12 +276,13 @@ def text_findings(found, finding="Finding I: image -> text -> image"):
 
 
 def text_texts(found):
-    return [f"Ten drawings of each of {drawn(found)} texts in 50 steps: a thousand evaluations of the UNet a text, so "
-            "fewer texts than elsewhere.", "", *text_drawings(found)]
+    return [f"Ten drawings of each of {drawn(found)} texts in {found['steps']} steps: {20 * found['steps']:,} "
+            "evaluations of the UNet a text, so fewer texts than elsewhere.", "", *text_drawings(found)]
 
 
 def text_pictures(found):
-    return [f"Ten drawings of each of {drawn(found):,} texts in 8 steps of DPM-Solver++.", "", *text_drawings(found)]
+    return [f"Ten drawings of each of {drawn(found):,} texts in {found['steps']} steps of DPM-Solver++.", "",
+            *text_drawings(found)]
 
 
 def drawn(found):
@@ -412,7 +420,8 @@ def signs(folder):
                  interval(small[k])) > 0 else "no: too few to tell"] for k in full if k in small]
     same = sum(r[-1] == "yes" for r in rows)
     return ["", "## Has it the signs of the full run?", "", f"{same} of {len(rows)} of what the README claims"
-            + f"; {len(full) - len(rows)} more were not measured here" * (len(full) > len(rows)) + ".", "",
+            + f"; {len(full) - len(rows)} more were not measured here" * (len(full) > len(rows))
+            + ". `SIZES` in results.py says what is counted, and in how many steps.", "",
             markdown(["claim", "full run", "this run", "same sign"], rows)]
 
 
@@ -431,7 +440,8 @@ def write(folder):
                 if section == name and (file != "taught" or found.get("shown")) for x in (
                     f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
             parts[name] = globals()[f"text_{name}"](found)
-            command = f"python results.py {name}{' --quick' * about.get('quick', False)}"
+            size = about.get("size", "full")
+            command = f"python results.py {name}" + f" --size {size}" * (size != "full")
             command += f" --dtype {about['dtype']}" if about["dtype"] != "float32" else ""
             command = COMMANDS.get(name, command)
             out += ["", f"## {title}", "", f"`{command}`; {about['machine']}, torch {about['torch']}, "
@@ -457,7 +467,7 @@ def figure_scorers(found, plt):
         low, high = zip(*(r[domain]["interval"] for r in family))
         axis.fill_between(x, low, high, alpha=.2)
         axis.errorbar(x, y, [np.subtract(y, low), np.subtract(high, y)], marker="o", ms=3,
-                      label="denoise, 1 to 64 noises")
+                      label=f"denoise, 1 to {family[-1]['evaluations'] / family[0]['evaluations']:.0f} noises")
         for k in ("clip", "dino", "few", "denoise", "halved 60"):
             r = found["scorers"][k]
             axis.errorbar(r["evaluations"], r[domain]["gain"], [[r[domain]["gain"] - r[domain]["interval"][0]],
@@ -467,7 +477,7 @@ def figure_scorers(found, plt):
         axis.axhline(base, color="grey", ls=":", label="beam search")
         axis.axhline(found["scorers"]["clipscore"][domain]["gain"], color="tan", ls="--",
                      label="CLIP(picture, caption)")
-        axis.set(title=f"{domain}, {family[0][domain]['items']} pictures", xscale="log",
+        axis.set(title=f"{domain}, {found['scorers']['clip'][domain]['items']} pictures", xscale="log",
                  xlabel="UNet evaluations a picture")
     axes[0].set_ylabel("CIDEr gained by the choice")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)

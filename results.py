@@ -1,8 +1,9 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
-    make results                  # everything: an estimated three hours on two AVX-512 cores, eight on two AVX2 ones
-    make results QUICK=1          # the parts QUICK, with few items and steps, into results/quick: 13 minutes (AVX2)
-    python results.py scorers     # one part
+    make results                  # every table again, with fewer items and steps, into results/short: two hours
+    make results QUICK=1          # the parts QUICK, with fewer still, into results/quick: 13 minutes
+    make results FULL=1           # as committed, into results: an estimated eight hours
+    python results.py scorers     # one part, of --size full
     python report.py              # RESULTS.md, the figures and the README's tables, from results/*.json
 
 Candidates, drawings and training come from rerank.py and finetune.py, run as a user runs them; this file adds what they
@@ -19,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -34,7 +36,15 @@ AHEAD = (("denoise", "clip"), ("denoise", "clipscore"), ("denoise 1", "clip"), (
 WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr ** .5,
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
-QUICK = ("scorers", "pictures", "joint")                     # the parts of --quick: most of what report.claims reads
+QUICK = ("scorers", "pictures", "joint")              # the parts of --size quick: most of what report.claims reads
+# items: pictures of a domain; aside: those scored in more ways; steps: of a drawing; share: of all else that counts;
+# train: steps of a training at most, if not what val chose; seen: scenes of a domain it is examined on; varied: seeds
+SIZES = {"quick": {"items": 30, "aside": 30, "steps": 15, "share": .1, "draws": DRAWS[:-2], "train": 60, "seen": 50,
+                   "seeds": 1, "varied": 1},
+         "short": {"items": 500, "aside": 100, "steps": 20, "share": .3, "draws": DRAWS[:-2], "train": 100, "seen": 150,
+                   "seeds": 3, "varied": 1},
+         "full": {"items": 500, "aside": 500, "steps": 50, "share": 1, "draws": DRAWS, "train": None, "seen": 300,
+                  "seeds": 3, "varied": 3}}
 FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
 PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
          "variants", "cost")
@@ -43,21 +53,21 @@ PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("parts", nargs="*", help=f"of {' '.join(PARTS)}; default all of them")
-    p.add_argument("--quick", action="store_true", help="few items, few steps, into results/quick")
+    p.add_argument("--size", choices=SIZES, default="full", help="of all that is counted; else into results/SIZE")
     p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
     p.add_argument("--dtype", default="float32", help="of the frozen cycles' models; bfloat16 if the CPU has it")
     p.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files and figures")
     p.add_argument("--work", type=Path, default=HERE / "out/results", help="folder of candidates and checkpoints")
     args = p.parse_args(argv)
-    args.parts = args.parts or list(QUICK if args.quick else PARTS)
+    args.parts = args.parts or list(QUICK if args.size == "quick" else PARTS)
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         p.error(f"{', '.join(sorted(unknown))}: parts are {', '.join(PARTS)}")
     args.out, args.work = args.out.resolve(), args.work.resolve()
-    if args.quick:
-        args.out, args.work = args.out / "quick", args.work / "quick"
+    if args.size != "full":
+        args.out, args.work = args.out / args.size, args.work / args.size
     args.parts.sort(key=PARTS.index)
-    args.items, args.steps, args.draws = (30, 15, DRAWS[:-2]) if args.quick else (500, 50, DRAWS)
+    vars(args).update(SIZES[args.size])
     return args
 
 
@@ -83,7 +93,7 @@ def keep(args, name, found):
     import torch
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x),
                platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    about = {"machine": f"{os.cpu_count()} cores, {cpu}", "torch": torch.__version__, "quick": args.quick,
+    about = {"machine": f"{os.cpu_count()} cores, {cpu}", "torch": torch.__version__, "size": args.size,
              "dtype": args.dtype if name in FROZEN else "float32"}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.json"
@@ -122,6 +132,11 @@ def truth(caption, scene, world):
     return right / stated if stated else 0.0
 
 
+def share(args, count):
+    """How many of `count` things, of the full size, are counted at this one."""
+    return round(args.share * count)
+
+
 def mean_of(values, metrics):
     values = np.asarray(values, np.float64)
     low, high = metrics.interval(values)
@@ -141,9 +156,10 @@ def candidates(args):
     data = world_set(args)
     for domain in DOMAINS:
         common = ["--data", data, "--split", domain, "--dtype", args.dtype]
-        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", max(3, args.items // 5), "--steps", args.steps,
+        run(args, "rerank.py", "-n", 10, "--scorer", "full", "--agree", args.aside // 5, "--steps", args.steps,
             *common, "--out", args.work / f"full-{domain}")
-        run(args, "rerank.py", "-n", 10, "--scorer", "few", *common, "--out", args.work / f"few-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", "few", "--limit", args.aside, *common,
+            "--out", args.work / f"few-{domain}")
         run(args, "rerank.py", "-n", 3, "--scorer", "few", "--way", "beam", *common, "--out",
             args.work / f"beam-{domain}")
 
@@ -234,7 +250,7 @@ def val(args):
     import data
     import metrics
     import world
-    count, items = 20 if args.quick else 300, []
+    count, items = share(args, 300), []
     for domain, i in itertools.product(("val", "near", "out"), range(VAL, VAL + count)):
         scene, path = world.sample(domain, i), args.work / "val" / domain / f"{i}.png"
         if not path.exists():
@@ -281,10 +297,10 @@ def gather(args, domain, metrics, world, data):
     names = list(drawn)
     pool = [drawn[k] + beam[k] for k in names]
     said = [[r["caption"] for r in rows] for rows in pool]
-    if any(r["caption"] != s["caption"] for k in names for r, s in zip(drawn[k], few[k], strict=True)):
+    if any(r["caption"] != s["caption"] for k in few for r, s in zip(drawn[k], few[k], strict=True)):
         raise ValueError(f"{args.work}: full-{domain} and few-{domain} hold other captions; remove them")
     jobs = [(str(items[k].path), k, list(dict.fromkeys(c)), 12, (0, 1)) for k, c in zip(names, said)]
-    ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)]
+    ten = [(p, k, list(dict.fromkeys(c[:10]))) for (p, k, *_), c in zip(jobs, said)][:args.aside]
     own = denoised(args, f"denoise-{domain}", jobs)
     loss = denoised(args, f"draws-{domain}", [(*job, args.draws[-1], (0, 1)) for job in ten])
     halved = denoised(args, f"halved-{domain}", [(*job, 60, None) for job in ten])
@@ -293,7 +309,8 @@ def gather(args, domain, metrics, world, data):
              for name in ("clip", "dino", "pixel")}
     for name in ("clipscore", "likelihood"):
         score[name] = np.array([[r["scores"][name] for r in rows] for rows in pool])
-    score["few"] = np.array([[r["scores"]["clip"] for r in few[k] + beam[k]] for k in names])
+    score["few"] = np.array([[r["scores"]["clip"] for r in few[k] + beam[k]] if k in few else [math.nan] * 13
+                             for k in names])
     score["again"] = np.array([[r["scores"].get("clip again") for r in drawn[k]] for k in names], np.float64)
     full = unique * 2 * args.steps
     cost = {"clip": full, "dino": full, "pixel": full, "again": full, "few": unique * 16, "denoise": unique * 12,
@@ -304,7 +321,7 @@ def gather(args, domain, metrics, world, data):
         score[f"denoise {draws}"] = by_caption(part, names, [c[:10] for c in said])
         cost[f"denoise {draws}"] = unique * draws
     score["halved 60"] = by_caption({k: (c, -x[0]) for k, (c, _, x) in halved.items()}, names, [c[:10] for c in said])
-    cost["halved 60"] = np.array([halved[k][1][0] for k in names])
+    cost["halved 60"] = np.array([halved[k][1][0] if k in halved else 0 for k in names])
     scenes = [scene_of(items[k].path, world) for k in names]
     quality = {"facts": np.array([[truth(c, s, world) for c in row] for row, s in zip(said, scenes)])}
     return {"names": names, "said": said, "score": score, "cost": cost, "quality": quality,
@@ -313,8 +330,8 @@ def gather(args, domain, metrics, world, data):
 
 
 def by_caption(values, names, said):
-    """(items, n) of {item: (captions, their values)}."""
-    found = [dict(zip(*values[k])) for k in names]
+    """(items, n) of {item: (captions, their values)}, nan where an item is not among them."""
+    found = [dict(zip(*values[k])) if k in values else dict.fromkeys(c, math.nan) for k, c in zip(names, said)]
     return np.array([[f[c] for c in row] for f, row in zip(found, said)])
 
 
@@ -334,21 +351,19 @@ def together(args, metrics, world, data):
 def seconds(args, w, data, metrics):
     """Seconds a picture of each way to score ten captions, in float32 on all cores, the fastest of three passes:
     {scorer: seconds, "items": n, "threads": n}. To be run with nothing beside it."""
-    import time
-
     import torch
 
     import cycle
     torch.set_num_threads(args.processes)
     generator, few = cycle.Generator.load("miniature", "cpu"), cycle.few_steps(cycle.Generator.load("miniature", "cpu"))
     judges = metrics.likenesses(["clip", "dino", "pixel"], "image", "miniature")
-    at = np.linspace(0, len(w["names"]) - 1, 1 if args.quick else 4).astype(int)
+    at = np.linspace(0, len(w["names"]) - 1, 1 if args.size == "quick" else 4).astype(int)
     work = [(data.open_image(w["paths"][i]), list(dict.fromkeys(w["said"][i][:10]))) for i in at]
 
     def clock(f):
         f(*work[0])
         passes = []
-        for _ in range(1 if args.quick else 3):
+        for _ in range(1 if args.size == "quick" else 3):
             begun = time.perf_counter()
             for image, captions in work:
                 f(image, captions)
@@ -607,10 +622,10 @@ def argv(flags, lrs, weights, steps, seed):
 
 def joint(args):
     """Which losses teach what (Tables 3 to 5): each row from the same start, in the same order of data."""
-    if args.quick:
+    if args.size == "quick":
         keep(args, "joint", taught(args, {k: TABLE[k] for k in ("known pairs: tg", "own words: tg + ir")}, 1)[0])
         return
-    found = taught(args, TABLE, 3)
+    found = taught(args, TABLE, args.seeds)
     norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
              for k in ("all four", "own words: all four")}
     keep(args, "joint", found[0] | {
@@ -621,7 +636,7 @@ def joint(args):
 def variants(args):
     """Bridges, temperature, what is unfrozen, tr's noise range (appendix I), beside the row each one varies."""
     varied = "tg", "known pairs: tg", "own words: tg + ir", "ig + tr"
-    found = taught(args, {k: TABLE[k] for k in varied} | VARIANTS, 3)[0]
+    found = taught(args, {k: TABLE[k] for k in varied} | VARIANTS, args.varied)[0]
     keep(args, "variants", found | {"val": {k: v for k, v in found["val"].items() if "kv trained" in k}})
 
 
@@ -635,10 +650,10 @@ def taught(args, rows, seeds):
     """({what was trained, and {row: {domain: {measure: mean, and its difference to none and to ALONE}}}}, what
     `examine` saw) of rows {name: flags}."""
     import metrics
-    if args.quick:                                                        # what an earlier full run chose, fewer steps
+    if args.train:                                                        # what an earlier full run chose, fewer steps
         chosen, tried = json.loads((HERE / "results/variants.json").read_text())["chosen"], {}
         for kind in ("paired", "own", "known"):
-            chosen[kind]["steps"] = 60
+            chosen[kind]["steps"] = args.train
     else:
         chosen, tried = tuned(args, metrics, any(k in KV for k in rows))
     setting = {k: chosen["paired" if f.startswith(PAIRED) else "own" if "ir" in f.split() else "known"]
@@ -648,7 +663,7 @@ def taught(args, rows, seeds):
         "ir": setting[name]["ir"], "tr": chosen["tr"]}, setting[name]["steps"], seed)
             for seed in range(seeds) for name, f in rows.items()}
     train(args, runs)
-    count, drawn = (50, 25) if args.quick else (300, 100)
+    count, drawn = args.seen, args.seen // 75 * 25 or 25                                # a third, by the 25 of a job
     found = examined(args, {"none": (None, 10_000, count, drawn)} | {
         k: (str(args.work / "joint" / k), 10_000, count, drawn * draws(rows[k.rsplit(" ", 1)[0]])) for k in runs})
     domain = np.array([r["domain"] for r in found["none"]])
@@ -721,7 +736,7 @@ def signal(args):
     import world
     torch.set_num_threads(args.processes)
     captioner, generator = cycle.Captioner.load("miniature", "cpu"), cycle.Generator.load("miniature", "cpu")
-    count, rows = 20 if args.quick else 120, []
+    count, rows = share(args, 120), []
     scenes = [world.sample({"in": "test"}.get(d, d), VAL + i) for d in DOMAINS for i in range(count // 3)]
     images = torch.stack([torch.from_numpy(world.draw(s).copy()).permute(2, 0, 1) / 255 for s in scenes])
     human = [world.full_caption(s) for s in scenes]
@@ -775,7 +790,7 @@ def words(args):
     """cycle.words, which rerank.py --words prints, on 300 captions with one planted wrong colour or shape."""
     import metrics
     jobs = [(None, f"{kind} {split} {i}", kind, split, i) for kind in ("colour", "shape")
-            for split in ("test", "near", "out") for i in range(20_000, 20_000 + (5 if args.quick else 50))]
+            for split in ("test", "near", "out") for i in range(20_000, 20_000 + share(args, 50))]
     found, cases = measured(args, "words", planted, jobs), {"colour or shape": []}
     for _, item, kind, split, _ in jobs:
         for case in ("colour or shape", f"{kind}, {'in' if split == 'test' else split}"):
@@ -807,16 +822,16 @@ def findings(args):
 
 
 def texts(args):
-    """Finding II (Figure 4, Table 2), drawn in 50 steps."""
-    keep(args, "texts", from_texts(args, "text", 10 if args.quick else 100, "full"))
+    """Finding II (Figure 4, Table 2), drawn in as many steps as the captions of Finding I."""
+    keep(args, "texts", from_texts(args, "text", share(args, 100), "full", args.steps))
 
 
 def pictures(args):
     """Finding II on more texts, drawn in 8 steps."""
-    keep(args, "pictures", from_texts(args, "fewtext", 10 if args.quick else args.items, "few"))
+    keep(args, "pictures", from_texts(args, "fewtext", args.aside, "few", 8))
 
 
-def from_texts(args, kind, limit, scorer):
+def from_texts(args, kind, limit, scorer, steps):
     """Text -> image -> text on the first `limit` texts of each domain: {table: {quality: {score: {domain: choices}}},
     differences of CLIP's likeness; sets: {score: Frechet distance of DINO's features to the true pictures, Inception
     score over the 48 colour-shape pairs that the independent reader sees}} of the chosen drawings; of random ones mean
@@ -828,8 +843,9 @@ def from_texts(args, kind, limit, scorer):
     import world
     rows, items = [], []
     for domain in DOMAINS:
-        run(args, "rerank.py", "-n", 10, "--scorer", scorer, "--turn", "text", "--limit", limit, "--data",
-            world_set(args), "--split", domain, "--dtype", args.dtype, "--out", args.work / f"{kind}-{domain}")
+        run(args, "rerank.py", "-n", 10, "--scorer", scorer, "--steps", steps, "--turn", "text", "--limit", limit,
+            "--data", world_set(args), "--split", domain, "--dtype", args.dtype,
+            "--out", args.work / f"{kind}-{domain}")
         named = {x.name: x for x in data.read(world_set(args), domain)}
         rows += (found := list(read(args, kind, domain).items()))
         items += [(named[k], domain) for k, _ in found]
@@ -865,7 +881,8 @@ def from_texts(args, kind, limit, scorer):
     clip = {k: np.array(quality["CLIP"])[np.arange(len(items)), v] for k, v in best.items()}
     ahead = {f"{a} minus {b}": mean_of(clip[a] - clip[b], metrics) for a, b in (
         ("clipscore", "clip"), ("denoised less", "clip"), ("denoised less", "denoised"))}
-    return {"table": table, "differences": ahead, "sets": sets | {k: as_a_set(v) for k, v in best.items()}}
+    sets |= {k: as_a_set(v) for k, v in best.items()}
+    return {"steps": steps, "table": table, "differences": ahead, "sets": sets}
 
 
 def pair_of(model, pictures, world):
@@ -882,7 +899,7 @@ def samplers(args):
     """Ways of speaking and N (appendices B to D): what a choice is worth; drawn in 8 steps."""
     import data
     import metrics
-    limit, out, chosen = 10 if args.quick else 50, {"ways": {}, "N": {}}, {}
+    limit, out, chosen = share(args, 50), {"ways": {}, "N": {}}, {}
     for way, n in (("beam", 3), ("top-p", 20), ("top-k", 10), ("temperature", 10), ("typical", 10)):
         groups, references, jobs = [], [], []
         for domain in DOMAINS:
@@ -931,7 +948,7 @@ def check(args):
     path = args.work / "check/check.json"
     path.unlink(missing_ok=True)
     try:
-        run(args, "miniature.py", "--check", "--scenes", 10 if args.quick else 300, "--work", path.parent,
+        run(args, "miniature.py", "--check", "--scenes", share(args, 300), "--work", path.parent,
             "--threads", args.processes, several=False, threads=args.processes)
     except ValueError:
         if not path.exists():                                         # a bar that was missed is a result too
@@ -942,7 +959,7 @@ def check(args):
 def scores(args):
     """Tables 3 and 4 of the shipped models: what evaluate.py prints."""
     folder = args.work / "evaluate"
-    run(args, "evaluate.py", "--ci", "--limit", 10 if args.quick else 100, "--out", folder)
+    run(args, "evaluate.py", "--ci", "--limit", share(args, 100), "--out", folder)
     found = json.loads((folder / "results.json").read_text())
     keep(args, "scores", {k: found[k] for k in ("captions", "images")})
 
@@ -958,7 +975,9 @@ def cost(args):
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
+        begun = time.monotonic()
         globals()[part](args)
+        print(f"results.py: {part} took {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
     print(f"results.py: {', '.join(args.parts)} are in {args.out}; report.py makes tables and figures of them")
     return 0
 
