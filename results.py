@@ -16,6 +16,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from signal import SIGTERM
+from signal import signal as on_signal
 
 import numpy as np
 
@@ -46,6 +49,7 @@ SIZES = {"quick": {"items": 30, "aside": 30, "steps": 15, "share": .1, "draws": 
          "full": {"items": 500, "aside": 500, "steps": 50, "share": 1, "draws": DRAWS, "train": None, "seen": 300,
                   "seeds": 3, "varied": 3}}
 FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
+CHILDREN = []                                                                            # of `run`, at work
 PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
          "variants", "cost")
 
@@ -78,12 +82,21 @@ def run(args, script, *argv, several=True, threads=1, quiet=False):
     head = ["-m", "torch.distributed.run", f"--nproc_per_node={args.processes}"] if spread else []
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     print(f"results.py: python {' '.join([*head[1:], script, *map(str, argv)])}", flush=True)
-    done = subprocess.run([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, text=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)
-    if done.returncode:
-        said = (done.stderr or "").splitlines()
+    child = subprocess.Popen([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)
+    CHILDREN.append(child)
+    said = (child.communicate()[1] or "").splitlines()
+    CHILDREN.remove(child)
+    if child.returncode:
         own = [x for x in said if x.startswith(f"{script}: ")] or said[-3:] or ["what it said is above"]
-        raise ValueError(f"{script} ended with exit code {done.returncode}: {' '.join(own)[-500:]}")
+        raise ValueError(f"{script} ended with exit code {child.returncode}: {' '.join(own)[-500:]}")
+
+
+def ended(*signalled):
+    """On SIGTERM: what was started ends too."""
+    for child in (*CHILDREN, *multiprocessing.active_children()):
+        child.terminate()
+    os._exit(128 + SIGTERM)
 
 
 def keep(args, name, found):
@@ -200,7 +213,6 @@ def measure_pictures(job):
 @functools.cache
 def workers(processes, dtype):
     """Processes of one thread, each with the generator, for all that `measured` has to do."""
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (dtype,))
 
@@ -534,7 +546,6 @@ def train(args, jobs):
 def examined(args, jobs):
     """{name: rows of `examine`} for jobs {name: (checkpoint, first index, count, how many of a domain are drawn)};
     kept by name."""
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm
@@ -974,6 +985,7 @@ def cost(args):
 
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
+    on_signal(SIGTERM, ended)
     for part in args.parts:
         begun = time.monotonic()
         globals()[part](args)

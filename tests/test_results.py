@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_what_a_row_trains_and_weighs():
     rows = {**results.TABLE, **results.VARIANTS}
     assert all({k, *v} <= rows.keys() for k, v in results.ALONE.items())
     assert results.VARIANTS.keys() < results.ALONE.keys()
-    quick = json.loads((ROOT / "results/variants.json").read_text())["chosen"]            # --quick takes it from here
+    quick = json.loads((ROOT / "results/variants.json").read_text())["chosen"]            # smaller sizes: from here
     assert quick["kv"].keys() == set(results.KV) and quick.keys() >= {"paired", "own", "known", "tr", "generator"}
     assert not any(results.draws(rows[v[0]]) for k, v in results.ALONE.items() if k in results.TABLE)
 
@@ -134,13 +136,42 @@ def test_caches_know_their_settings(tmp_path, monkeypatch):
         assert calls == want
 
 
+def test_what_was_started_ends_with_it(tmp_path):
+    """kill PID of results.py ends the command it runs and its workers."""
+    (tmp_path / "long.py").write_text("import os, pathlib, time\n"
+                                      f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+                                      "time.sleep(60)\n")
+    begin = (f"import results, types\nresults.words = lambda args: results.run(args, {str(tmp_path / 'long.py')!r})\n"
+             f"results.main(results.flags(['words', '--processes', '1', '--work', {str(tmp_path / 'work')!r}]))")
+    own = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
+    for _ in range(200):
+        time.sleep(.1)
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+    own.terminate()
+    assert own.wait(20) == 143
+    for _ in range(100):
+        if not alive(int((tmp_path / "pid").read_text())):
+            return
+        time.sleep(.1)
+    raise AssertionError("the command it ran is still there")
+
+
+def alive(pid):
+    """A process that is there, and no zombie whose parent has not asked for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
 def told(tmp_path, monkeypatch, items=4):
     """results.py's arguments, with rerank.py's place taken by candidates made here: the first of an item is its own
     human caption and picture, the others are its neighbours'; `clip` knows, the other scores do not."""
     def fake(args, script, *argv, **options):
         flag = dict(zip(argv, argv[1:]))
         found, rows = data.read(ROOT / "miniature/data", flag["--split"])[:items], []
-        for i, item in enumerate(found):
+        for i, item in enumerate(found[:flag.get("--limit")]):
             for j in range(flag["-n"]):
                 other = found[(i + j) % items]
                 picture = flag["--out"] / f"{i}-{j}.png"
@@ -187,6 +218,32 @@ def test_scorers(tmp_path, monkeypatch):
     assert found["scorers"]["denoise"]["all"]["with_beams_over_beam"]["value"] == 0 and "with_beams" not in found[
         "scorers"]["clip"]["all"]
     assert sum(x.startswith("| chosen by") for x in report.text_scorers(found)) == 6
+
+
+def test_scorers_of_fewer_pictures(tmp_path, monkeypatch):
+    """What was measured on the first pictures only is compared on these, and nothing else changes."""
+    monkeypatch.setattr(results, "denoised", losses)
+    monkeypatch.setattr(results, "seconds", lambda *args: {"items": 1, "threads": 1})
+    found = []
+    for aside in (4, 2):
+        args = told(tmp_path, monkeypatch)
+        args.aside = aside
+        results.scorers(args)
+        found.append(json.loads((tmp_path / "out/scorers.json").read_text())["scorers"])
+    whole, first = found
+    fewer = {k for k, r in first.items() if r["items"] == 6}
+    assert fewer == {"few", "halved 60", "again", *(f"denoise {n}" for n in results.DRAWS)}
+    assert all(first[k] == whole[k] for k in whole.keys() - fewer)
+    assert first["few"]["all"]["chosen"] == first["few"]["all"]["oracle"] and first["few"]["all"]["kept"] == 1
+
+
+def test_sizes():
+    """A smaller run counts no more of anything than the full one, and lies beside it."""
+    full, short, quick = (results.flags(["--size", k]) for k in ("full", "short", "quick"))
+    assert full.out / "short" == short.out and full.out / "quick" == quick.out and full.parts == short.parts
+    for a, b in ((quick, short), (short, full)):
+        assert all(a_ <= b_ for a_, b_ in ((vars(a)[k], vars(b)[k]) for k in results.SIZES["full"]) if b_)
+    assert short.items >= 500 <= full.items and results.share(short, 50) == 15
 
 
 def test_a_sum_of_ranks():
