@@ -215,7 +215,7 @@ def denoising(generator, latents, states, t, noise, batch):
         with stem(generator.unet, k if shared else 1):
             made = generator.predict(x.flatten(0, 1).to(generator.dtype), t[i:i + step].repeat_interleave(k),
                                      states.repeat(len(x) * k // len(states), 1, 1))
-        out.append((made.float().view_as(x) - goal).double().square().mean((2, 3, 4)))
+        out.append((made.float().view_as(x) - goal).cpu().double().square().mean((2, 3, 4)))    # mps has no float64
     return torch.cat(out)
 
 
@@ -251,16 +251,24 @@ def resolve(name, table, kind):
 
 
 def settle(device=None, dtype=None):
-    """Device (cuda, mps, cpu: the first that is there) and dtype (bfloat16; float16 on mps, old GPUs; CPU float32)."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else
-                                     "mps" if torch.backends.mps.is_available() else "cpu"))
+    """Device (cuda, mps, cpu: the first that is there; under torchrun each process its own GPU) and dtype (bfloat16;
+    float16 on mps, old GPUs; CPU float32)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if str(device).partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {device}: it is cuda, mps or cpu")
+    device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     if dtype is None:
-        half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
-        dtype = torch.float32 if device.type == "cpu" else half
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if half else torch.float16
     if device.type == "cpu":
         keep_memory()
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
     return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
@@ -389,7 +397,10 @@ class Captioner:
             model, wrapper = kinds[kind]
             model = model.from_pretrained(place, dtype=dtype, **options)
             tokenizer = hf.AutoTokenizer.from_pretrained(place)
-            processor = json.loads(Path(cached_file(place, "preprocessor_config.json")).read_text())
+            try:
+                processor = json.loads(Path(cached_file(place, "preprocessor_config.json")).read_text())
+            except OSError:                                  # as transformers 5 saves a processor
+                processor = json.loads(Path(cached_file(place, "processor_config.json")).read_text())["image_processor"]
         return wrapper(model.to(device), tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
@@ -409,10 +420,12 @@ class Captioner:
         self.head = self.decoder.get_output_embeddings()
 
     def save(self, folder):
-        """As a stock directory: from_pretrained of the model, of AutoTokenizer and of AutoProcessor read it."""
+        """As a stock directory: from_pretrained of the model, of AutoTokenizer and of AutoProcessor read it. (A BLIP-2
+        of another size than its vision's own wants interpolate_pos_encoding=True of the library.)"""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(self.processor, indent=2) + "\n")
+        processor = self.processor | {"size": dict(zip(("height", "width"), self.size))}
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
     # pixels and tokens in
     def pixels(self, images):
@@ -458,7 +471,7 @@ class Captioner:
         r = self.read(images, captions, states)
         logp = F.linear(r.hidden, r.weight, r.bias).float().log_softmax(-1)                               # (B, L, V)
         said = logp.gather(2, r.targets.clamp(min=0)[..., None])[..., 0]
-        return said.masked_fill(r.targets < 0, 0).sum(1).double().cpu()
+        return said.masked_fill(r.targets < 0, 0).sum(1).cpu().double()
 
     # captions out
     @torch.no_grad()
@@ -500,7 +513,7 @@ class Captioner:
                 logits[:, self.end] = -torch.inf
             for w in warpers:
                 logits = w(ids, logits)
-            total = logits.softmax(-1).double().cumsum(-1).cpu()
+            total = logits.softmax(-1).cpu().double().cumsum(-1)
             token = torch.searchsorted(total, dice[:, step, None].double() * total[:, -1:], right=True)[:, 0]
             token = torch.where(live, token.to(self.device), self.pad)
             ids, live = torch.cat([ids, token[:, None]], 1), live & (token != self.end)
@@ -578,10 +591,8 @@ class Generator:
             if place.endswith(".safetensors"):
                 pipe = StableDiffusionPipeline.from_single_file(place, dtype=dtype, local_files_only=True)
             else:
-                if Path(place).is_dir() and json.loads(
-                        Path(place, "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline":
-                    options |= {"safety_checker": None, "requires_safety_checker": False}
-                pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, low_cpu_mem_usage=False, **options)
+                pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, low_cpu_mem_usage=False, **options,
+                                                         safety_checker=None, requires_safety_checker=False)
         return cls(pipe.to(device))
 
     def __init__(self, pipe):

@@ -53,6 +53,11 @@ class Item:
 
 
 # ---------------------------------------------------------------- sets
+def evaluated(root):
+    """The split a set is evaluated on where none is named: nocaps of NoCaps, else test."""
+    return "nocaps" if (Path(SETS.get(root, root)) / "nocaps_val_4500_captions.json").exists() else "test"
+
+
 def read(root, split="test"):
     """The items of a split, in the order of the file. Raises ValueError with what is missing and where to put it."""
     root = Path(SETS.get(root, root))
@@ -111,6 +116,9 @@ def folder(root):
     if (root / "metadata.jsonl").exists():
         for line in (root / "metadata.jsonl").read_text().splitlines():
             row = json.loads(line)
+            if not {"file_name", "text"} <= row.keys():
+                raise ValueError(f"{root / 'metadata.jsonl'}: expected rows with file_name and text, one has "
+                                 f"{', '.join(row)}")
             said.setdefault(row["file_name"], []).append(fold(row["text"]))
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
@@ -233,9 +241,10 @@ def fetch_set(name, root):
     from tqdm import tqdm
     for file, (url, md5) in SOURCES[name].items():
         path = root / file
-        if path.suffix != ".zip" or not (root / path.stem / ".whole").exists():
-            fetch(url, path, md5)
-        if path.suffix == ".zip" and path.exists():
+        if (root / path.stem / ".whole").exists():                                # unpacked before
+            continue
+        fetch(url, path, md5)
+        if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 for member in tqdm(archive.namelist(), desc=f"unpacking {file}"):
                     archive.extract(member, root)

@@ -11,11 +11,13 @@ Writes into --out: captions.jsonl and pictures (work that is kept: run again, it
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,8 +64,8 @@ def flags(argv=None):
     args.data = args.data or ("miniature" if small else None)
     if args.score and not args.refs or args.labelfree and not (args.images and args.captions):
         p.error("--score needs --refs; --label-free needs --images and --captions")
-    if args.data is None and not (args.score or args.labelfree or args.findings):
-        p.error(f"--captioner {args.captioner} needs --data: data/coco or data/nocaps")
+    if args.data is None and not (args.score or args.labelfree):
+        p.error(f"--captioner {args.captioner} needs --data, such as data/coco or data/nocaps")
     return args
 
 
@@ -119,8 +121,8 @@ def table_row(values, rows, names, ci, metrics):
 
 
 # ---------------------------------------------------------------- Table 4: pictures
-def picture_scores(drawn, real, domains, args, metrics):
-    """Pictures of captions against the pictures the captions belong to: lists of (3, H, W). Returns rows, notes."""
+def picture_scores(drawn, real, domains, args, data, metrics):
+    """Pictures of captions against the pictures the captions belong to: two lists of files. Returns rows, notes."""
     import numpy as np
     notes, features, cosine = [], {}, {}
     for name in ("clip", "dino"):
@@ -129,11 +131,13 @@ def picture_scores(drawn, real, domains, args, metrics):
             notes.append(f"no {name.upper()}: {judge.absent[name]}")
             continue
         encode = judge.pairs[name].func.__self__.images
-        features[name] = [np.concatenate([encode(x[None]).numpy() for x in side]) for side in (drawn, real)]
+        features[name] = [np.concatenate([encode(data.open_image(x)[None]).numpy() for x in side])
+                          for side in (drawn, real)]
         cosine[name.upper()] = (features[name][0] * features[name][1]).sum(1)
     try:
         see = metrics.fidelity(args.device, args.inception)
-        seen = [[np.concatenate(x) for x in zip(*(see(x[None]) for x in side))] for side in (drawn, real)]
+        seen = [[np.concatenate(x) for x in zip(*(see(data.open_image(x)[None]) for x in side))]
+                for side in (drawn, real)]
     except metrics.Unavailable as e:
         seen = None
         notes.append(f"no FID, no IS: {e}")
@@ -152,8 +156,7 @@ def picture_scores(drawn, real, domains, args, metrics):
 # ---------------------------------------------------------------- the work
 def items_of(args, data):
     """The items of --data and --split, at most --limit of each domain."""
-    root = Path(data.SETS.get(args.data, args.data))
-    split = args.split or ("nocaps" if (root / "nocaps_val_4500_captions.json").exists() else "test")
+    split = args.split or data.evaluated(args.data)
     limit, seen, out = args.limit or (100 if args.data == "miniature" else None), {}, []
     for item in data.read(args.data, split):
         seen[item.domain] = seen.get(item.domain, 0) + 1
@@ -219,9 +222,9 @@ def work(args, items, data, cycle, torch):
                     long = getattr(generator, "too_long", lambda captions: [False] * len(captions))
                     cut = long([x.captions[0] for x in some])
                     drawn = generator.draw([x.captions[0] for x in some], [x.name for x in some], args.seed,
-                                           args.steps, args.guidance, args.batch)
-                    lines = [{"item": x.name, "picture": f"pictures/{re.sub(r'[^0-9A-Za-z_.-]', '_', x.name)}.png",
-                              "cut": c} for x, c in zip(some, cut)]
+                                           steps=args.steps, guidance=args.guidance, batch=args.batch)
+                    lines = [{"item": x.name, "cut": c, "picture": f"pictures/{Path(x.name).stem[:40]}-"
+                              f"{hashlib.sha1(x.name.encode()).hexdigest()[:8]}.png"} for x, c in zip(some, cut)]
                     for line, picture in zip(lines, drawn):
                         data.save_image(picture, args.out / line["picture"])
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -234,9 +237,9 @@ def captions_in(path):
     """{image: caption} of a COCO result file [{image_id, caption}] or of a {image: caption} dict."""
     found = load(path)
     if isinstance(found, list) and all(isinstance(x, dict) and {"image_id", "caption"} <= x.keys() for x in found):
-        return {key(x["image_id"]): x["caption"] for x in found}
+        found = {x["image_id"]: x["caption"] for x in found}
     if isinstance(found, dict) and all(isinstance(x, str) for x in found.values()):
-        return {key(k): v for k, v in found.items()}
+        return dict(zip(keys(found, path), found.values()))
     raise ValueError(f"{path}: expected [{{image_id, caption}}, ...] or {{image: caption}}")
 
 
@@ -255,15 +258,24 @@ def references_in(path):
                                                           x["caption"])]
     else:
         raise ValueError(f"{path}: expected COCO annotations, Karpathy's rows, or {{image: [captions]}}")
-    for image, caption in pairs:
-        out.setdefault(key(image), []).append(caption)
+    for image, (_, caption) in zip(keys([k for k, _ in pairs], path), pairs):
+        out.setdefault(image, []).append(caption)
     return out, domains
 
 
 def key(image):
-    """An image by its number where its name ends in one, as COCO's files do (val2014/COCO_val2014_000000391895.jpg)."""
-    digits = re.search(r"(\d+)(?:\.\w+)?$", str(image))
+    """An image by its number where its name is one, as COCO's files' are (val2014/COCO_val2014_000000391895.jpg)."""
+    digits = re.fullmatch(r"(?:.*/)?(?:COCO_\w+_|coco_)?(\d+)(?:\.\w+)?", str(image))
     return str(int(digits[1])) if digits else str(image)
+
+
+def keys(images, source):
+    """The `key` of each. Raises ValueError where two images have one."""
+    first = {}
+    for image in images:
+        if str(first.setdefault(key(image), image)) != str(image):
+            raise ValueError(f"{source}: {first[key(image)]} and {image} are one image by their number: rename one")
+    return [key(image) for image in images]
 
 
 def load(path):
@@ -292,6 +304,7 @@ def label_free(args, data, cycle, metrics):
     from tqdm import tqdm
     said = captions_in(args.captions)
     items = [x for x in data.read(args.images) if key(x.name) in said]
+    keys([x.name for x in items], args.images)
     if not items:
         raise ValueError(f"no picture of {args.images} is named in {args.captions}")
     generator = cycle.Generator.load(args.generator, args.device, args.dtype)
@@ -299,7 +312,7 @@ def label_free(args, data, cycle, metrics):
         raise ValueError(f"--label-free: {args.generator} is no Stable Diffusion 1.x or 2.x, whose loss is known here")
     if args.ckpt:
         cycle.adopt(args.ckpt, None, generator)
-    rows, notes, cut = [], [], 0
+    rows, cut, notes = [], 0, [f"{len(said) - len(items)} captions have no picture"] * (len(said) > len(items))
     for i in tqdm(range(0, len(items), args.batch), desc="scores"):
         ready = []
         for x in items[i:i + args.batch]:
@@ -333,12 +346,11 @@ def findings(args, data, metrics):
     for line in path.read_text().splitlines():
         row = json.loads(line)
         groups.setdefault(row["item"], []).append(row)
-    splits = [args.split] if args.split else (["nocaps"] if (Path(data.SETS.get(args.data, args.data)) /
-                                                             "nocaps_val_4500_captions.json").exists() else ["test"])
-    items = {x.name: x for s in splits for x in data.read(args.data, s) if x.captions}
+    split = args.split or data.evaluated(args.data)
+    items = {x.name: x for x in data.read(args.data, split) if x.captions}
     groups = {k: v for k, v in groups.items() if k in items}
     if len(groups) < 2:
-        raise ValueError(f"fewer than two items of {args.findings} are in {args.data} {splits[0]}: name the --data and "
+        raise ValueError(f"fewer than two items of {args.findings} are in {args.data} {split}: name the --data and "
                          "--split it was made of")
     rows, names = list(groups.values()), list(groups)
     direction = rows[0][0]["direction"]
@@ -447,7 +459,7 @@ def main(args):
         plot(results["findings"], args.out / "figure.png")
     else:
         if world > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))      # the others wait for the slowest
         items = items_of(args, data)
         bad = work(args, items, data, cycle, torch)
         if world > 1:
@@ -466,18 +478,17 @@ def main(args):
             notes += more
         if drawn:
             here = []
-            for x in items:
+            for x in (x for x in items if x.name in drawn):
                 try:
-                    if x.name in drawn:
-                        here.append((data.open_image(args.out / drawn[x.name]["picture"]), data.open_image(x.path),
-                                     x.domain))
+                    pair = args.out / drawn[x.name]["picture"], x.path
+                    here += [(*pair, x.domain)] if [data.open_image(p) for p in pair] else []
                 except ValueError as e:
                     notes.append(f"skipped {e}")
             if not here:
                 raise ValueError(f"none of the {len(items)} pictures can be read")
             cut = sum(row.get("cut", False) for row in drawn.values())
             notes += [f"{cut} captions are longer than the text encoder reads: drawn without their ends"] * bool(cut)
-            results["images"], more = picture_scores(*zip(*here), args, metrics)
+            results["images"], more = picture_scores(*zip(*here), args, data, metrics)
             notes += more
             if args.ci:
                 notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: "

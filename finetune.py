@@ -337,9 +337,8 @@ def main(args):
         return export(args, cycle)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = cycle.settle(args.device, args.dtype)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if dtype == torch.float16 and args.dtype is None:
+        dtype = torch.float32                                                 # float16 would want its losses scaled
     if (args.out / "checkpoint.safetensors").exists() and not args.resume:
         raise ValueError(f"{args.out} holds a training run: --resume goes on with it, another --out begins anew")
     if world > 1 and not dist.is_initialized():
@@ -399,7 +398,7 @@ def main(args):
                 objective.backward()
             for name, value in each.items():
                 value = value[batch.heard > 0] if name == "tr" else value
-                sums[LOSSES.index(name)] += torch.tensor([value.double().sum().item(), len(value)])
+                sums[LOSSES.index(name)] += torch.tensor([value.cpu().double().sum().item(), len(value)])
         return sums
 
     def gradients(step, weights):
@@ -542,7 +541,10 @@ def together(trained, sums, asked):
 
 
 def length(trained, side):
-    return sum(p.grad.double().square().sum().item() for k, p in trained.items() if k.startswith(side)) ** .5
+    import torch
+    wide = {"mps": torch.float32}                                                            # which has no float64
+    return sum(p.grad.to(wide.get(p.device.type, torch.float64)).square().sum().item() for k, p in trained.items()
+               if k.startswith(side)) ** .5
 
 
 if __name__ == "__main__":

@@ -199,15 +199,26 @@ def word_vectors(path, words):
     """The vectors of `words` in a GloVe text file, as {word: unit vector}. Raises ValueError where the file is none."""
     found = {}
     try:
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                word, _, rest = line.partition(" ")
-                if word in words:
-                    v = np.array(rest.split(), np.float64)
-                    found[word] = v / np.linalg.norm(v)
+        where = lines_of(path)
+        with open(path, "rb") as f:
+            for word in words & where.keys():
+                f.seek(where[word])
+                v = np.array(f.readline().split()[1:], np.float64)
+                found[word] = v / np.linalg.norm(v)
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} is not a GloVe text file ({e}); --glove takes one such as glove.6B.200d.txt") from e
     return found
+
+
+@functools.cache
+def lines_of(path):
+    """{word: where its line begins} of a GloVe text file, read once."""
+    where, at = {}, 0
+    with open(path, "rb") as f:
+        for line in f:
+            where.setdefault(line.partition(b" ")[0].decode(), at)
+            at += len(line)
+    return where
 
 
 def wmd(a, b, vectors):
@@ -283,7 +294,7 @@ def pixel(a, b):
     import torch.nn.functional as F
     if b.shape[-2:] != a.shape[-2:]:
         b = F.interpolate(b, a.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
-    return -(a - b).double().square().mean((1, 2, 3)).sqrt().cpu().numpy()
+    return -(a - b).cpu().double().square().mean((1, 2, 3)).sqrt().numpy()
 
 
 def inception(device):
@@ -314,7 +325,7 @@ def fidelity(device=None, weights=None):
     def see(x):
         with torch.no_grad():
             out = extractor((x.clamp(0, 1) * 255).round().byte().to(device or "cpu"))
-        return [y.double().cpu().numpy() for y in out]
+        return [y.cpu().double().numpy() for y in out]
     return see
 
 
@@ -346,7 +357,11 @@ class Encoder:
         if "text" in towers:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
         if "image" in towers:
-            self.view = json.loads(Path(cached_file(place, "preprocessor_config.json", **local)).read_text())
+            try:
+                self.view = json.loads(Path(cached_file(place, "preprocessor_config.json", **local)).read_text())
+            except OSError:                                      # as transformers 5 saves a processor
+                whole = json.loads(Path(cached_file(place, "processor_config.json", **local)).read_text())
+                self.view = whole["image_processor"]
 
     def pixels(self, images):
         """Images resized, cut and normalised as the processor does: (B, 3, S, S). DINO's S is 384, the paper's, or
@@ -354,7 +369,8 @@ class Encoder:
         import torch
         import torch.nn.functional as F
         size = self.view["size"]
-        size = size if isinstance(size, dict) else {"height": size, "width": size}
+        if not isinstance(size, dict):                           # of openai/clip-vit-base-patch32: the shorter side
+            size = {"shortest_edge": size} if self.name == "clip" else {"height": size, "width": size}
         x, (h, w) = images, images.shape[-2:]
         if self.name == "dino":
             side = 384 if size.get("height", 224) >= 224 else size["height"]
@@ -383,7 +399,7 @@ class Encoder:
                 e = self.model.vision_model(self.pixels(images)).pooler_output
             else:
                 e = self.model(self.pixels(images), interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        return F.normalize(e.double(), dim=-1).cpu()
+        return F.normalize(e.cpu().double(), dim=-1)
 
     def texts(self, texts):
         """Captions -> unit vectors (B, D): CLIP's pooled text state before the projection, SBERT's masked mean."""
@@ -396,7 +412,7 @@ class Encoder:
             else:
                 h, m = self.model(**i).last_hidden_state, i["attention_mask"][..., None]
                 e = (h * m).sum(1) / m.sum(1)
-        return F.normalize(e.double(), dim=-1).cpu()
+        return F.normalize(e.cpu().double(), dim=-1)
 
     def tokens(self, texts):
         most = self.model.config.text_config.max_position_embeddings if self.name == "clip" else 256
@@ -416,7 +432,7 @@ class Encoder:
         with torch.no_grad():
             a = self.model.visual_projection(self.model.vision_model(self.pixels(images)).pooler_output)
             b = self.model.text_projection(self.model.text_model(**self.tokens(captions)).pooler_output)
-        return (F.normalize(a.double(), dim=-1) * F.normalize(b.double(), dim=-1)).sum(-1).cpu().numpy()
+        return (F.normalize(a.cpu().double(), dim=-1) * F.normalize(b.cpu().double(), dim=-1)).sum(-1).numpy()
 
 
 # ---------------------------------------------------------------- sets of pictures

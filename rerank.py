@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +35,7 @@ def flags(argv=None):
     p.add_argument("--generator", help="miniature, sd14, directory, hub id or file.py:name; follows --captioner")
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder: the trained weights go into both")
     p.add_argument("--data", help="a set to take inputs and references from if none are given; default miniature")
-    p.add_argument("--split", default="test", help="of --data: val, test; in, near, out, nocaps")
+    p.add_argument("--split", help="of --data: val, test; in, near, out, nocaps; default nocaps of NoCaps, else test")
     p.add_argument("--turn", choices=["image", "text"], help="which side of --data to start from; default image")
     p.add_argument("--limit", type=int, help="how many items of --data; default 4 of the miniature, else all")
     p.add_argument("--scorer", choices=["full", "denoise", "few"], help="full: draw every caption; few: in 8 steps of "
@@ -139,7 +140,8 @@ def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
             "ckpt", "scorer", "draws", "budget", "agree", "decoder")
-    settings = {"direction": direction} | {k: str(vars(args)[k]) for k in keep}
+    settings = {"direction": direction, "set": "None" if args.inputs else f"{args.data} {args.split}"}
+    settings |= {k: str(vars(args)[k]) for k in keep}
     path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
     before = json.loads(path.read_text()) if path.exists() else settings
     other = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k, "None") != v]
@@ -158,8 +160,8 @@ def resume(args, direction):
 def append(path, rows):
     """All candidates of an item by one write: several processes may add to a file, a kill cuts only its last line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with open(path, "ab", buffering=0) as f:
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+    with open(path, "ab+", buffering=0) as f:
+        if f.seek(0, 2) and (f.seek(-1, 2), f.read(1))[1] != b"\n":
             f.write(b"\n")
         f.write(text.encode())
 
@@ -173,11 +175,12 @@ def finish(path, rows):
 def frame(picture, side):
     """A picture file in a square of `side` pixels; small ones magnified without smoothing."""
     from PIL import Image
-    with Image.open(picture) as image:
-        image = image.convert("RGB")
-        scale = side / max(image.size)
-        size = [max(1, round(s * scale)) for s in image.size]
-        image = image.resize(size, Image.NEAREST if scale >= 2 else Image.LANCZOS)
+
+    import data
+    image = Image.fromarray((data.open_image(picture) * 255).round().byte().permute(1, 2, 0).numpy())
+    scale = side / max(image.size)
+    size = [max(1, round(s * scale)) for s in image.size]
+    image = image.resize(size, Image.NEAREST if scale >= 2 else Image.LANCZOS)
     square = Image.new("RGB", (side, side), "white")
     square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
@@ -217,13 +220,14 @@ def sheet(groups, by, path, side=136, most=6):
                 write(x + 8, y + 10, "not drawn", font, "#999")
             if c == 0:
                 pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), outline="#d9a300", width=4)
-            write(x, y + side + 6, f"{c + 1}.  {by} {row['scores'][by]:.3f}", bold, "#a07800" if c == 0 else "#666")
+            write(x, y + side + 6, f"{c + 1}.  {by} {value(row, by):.3f}", bold, "#a07800" if c == 0 else "#666")
             write(x, y + side + 22, row["caption"], font, "black")
     page.save(path)
 
 
-def page(groups, by, direction, note, path):
-    """index.html: self-contained (pictures inside, no script), captions escaped, candidates in order of rank."""
+def page(groups, by, direction, note, path, most=200):
+    """index.html: self-contained (pictures inside, no script), captions escaped, candidates in order of rank; the first
+    `most` items."""
     import base64
     import html
     import io
@@ -242,7 +246,9 @@ def page(groups, by, direction, note, path):
     out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
            f"<title>parley: {direction}</title><style>{style}</style>"
            f"<h1>parley: {direction}</h1><p>{html.escape(note)}</p>"]
-    for item, picture, words, rows in groups:
+    if len(groups) > most:
+        out.append(f"<p>The first {most} of {len(groups)}; all are in candidates.jsonl.</p>")
+    for item, picture, words, rows in groups[:most]:
         text = shade(rows[0]["words"]) if direction == TEXT and "words" in rows[0] else html.escape(words)
         head = image(picture) if picture else f"<p><b>{text}</b></p>"
         out.append(f"<section><h2>{html.escape(item)}</h2><div class=row><figure>{head}<small>the input</small>"
@@ -285,7 +291,8 @@ def rows_of(item, b, talk, args, direction, scores, cut):
         values = {name: None if math.isnan(v) else round(v, 6) for name, v in values.items()}
         error = {k: values.pop(f"denoise {k}") for k in ("error", "gap") if f"denoise {k}" in values}
         rows.append({"item": item.name, "direction": direction, "candidate": j,
-                     "input": str(item.path or item.captions[0]), "caption": talk.captions[b][j], "picture": picture,
+                     "input": str(item.path) if direction == IMAGE else item.captions[0],
+                     "caption": talk.captions[b][j], "picture": picture,
                      "seed": args.seed, "likelihood": values["likelihood"], **error, "cut": cut[j],
                      "scores": values})
     return rows
@@ -518,7 +525,8 @@ def main(args):
     import metrics
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(days=7))          # the others wait for the slowest
+    args.split = args.split or (data.evaluated(args.data) if args.data not in (None, "miniature") else "test")
     direction, items = gather(args, data)
     decide(args, direction)
     if args.out is None and place(args, direction).name != "rerank" and rank == 0:
@@ -582,15 +590,15 @@ def main(args):
     groups = {x.name: ranked(done[x.name]) for x in items if x.name in done}
     if not groups:
         raise ValueError(f"none of the {len(items)} pictures could be read")
-    names = list(next(iter(groups.values()))[0]["scores"])
+    names = list(dict.fromkeys(k for rows in groups.values() for k in rows[0]["scores"]))
     by = args.by or ("denoise" if args.scorer == "denoise" else next(k for k in names if k in judges.pairs))
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     finish(path, [r for k in dict.fromkeys([*groups, *done]) for r in ranked(done[k])])
-    ordered = {k: sorted(rows, key=lambda r: r["rank"][by]) for k, rows in groups.items()}
+    ordered = {k: sorted(rows, key=lambda r: -value(r, by)) for k, rows in groups.items()}
     if args.words:
         explain(args, [rows[0] for rows in ordered.values()], cycle, data)
-    best = {k: {"caption": v[0]["caption"], "picture": v[0]["picture"], "by": by, "score": v[0]["scores"][by]}
+    best = {k: {"caption": v[0]["caption"], "picture": v[0]["picture"], "by": by, "score": v[0]["scores"].get(by)}
             for k, v in ordered.items()}
     (args.out / "best.json").write_text(json.dumps(best, indent=2, ensure_ascii=False) + "\n")
     shown = [(x.name, x.path if direction == IMAGE else None, x.captions[0] if x.captions else "", ordered[x.name])
@@ -600,8 +608,8 @@ def main(args):
     page(shown, by, direction, note, args.out / "index.html")
     for item, _, words, rows in shown[:20]:
         print(f"\n{item if direction == IMAGE else words}")
-        for r in rows:
-            print(f"  {r['rank'][by] + 1:2d}  {by} {value(r, by):7.3f}  log p {value(r, 'likelihood'):7.2f}  "
+        for at, r in enumerate(rows, 1):
+            print(f"  {at:2d}  {by} {value(r, by):7.3f}  log p {value(r, 'likelihood'):7.2f}  "
                   + r["caption"] + "".join(f"\n        {w:12s} {v:+.4f} +- {e:.4f}" for w, v, e in r.get("words", ())))
     print()
     for line in worth(groups, items, names, metrics) if direction == IMAGE else ():

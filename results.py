@@ -44,7 +44,7 @@ QUICK = ("scorers", "pictures", "joint")              # the parts of --size quic
 # train: steps of a training at most, if not what val chose; seen: scenes of a domain it is examined on; varied: seeds
 SIZES = {"quick": {"items": 30, "aside": 30, "steps": 15, "share": .1, "draws": DRAWS[:-2], "train": 60, "seen": 50,
                    "seeds": 1, "varied": 1},
-         "short": {"items": 500, "aside": 100, "steps": 20, "share": .3, "draws": DRAWS[:-2], "train": 100, "seen": 150,
+         "short": {"items": 500, "aside": 100, "steps": 20, "share": .3, "draws": DRAWS[:-2], "train": 60, "seen": 100,
                    "seeds": 3, "varied": 1},
          "full": {"items": 500, "aside": 500, "steps": 50, "share": 1, "draws": DRAWS, "train": None, "seen": 300,
                   "seeds": 3, "varied": 3}}

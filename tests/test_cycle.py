@@ -1,4 +1,5 @@
 """The two speakers and their conversations: the trained miniature, and small random models in the hub's layouts."""
+import json
 import math
 import os
 import re
@@ -246,6 +247,35 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     for kind in (cycle.Captioner, cycle.Generator):
         with pytest.raises(ValueError, match=str(tmp_path)):
             kind.load(str(tmp_path), "cpu")
+
+
+def test_every_process_has_its_own_gpu(monkeypatch):
+    """torchrun's processes; what is no device and no dtype is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert cycle.settle("cuda") == (torch.device("cuda"), torch.float16) and not taken
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert cycle.settle()[0] == torch.device("cuda:3") == taken[-1]
+    assert cycle.settle("cuda:1", "bfloat16") == (torch.device("cuda:1"), torch.bfloat16) and len(taken) == 1
+    for device, dtype in (("gpu", None), ("cpu", "fp16"), ("cpu", "nn")):
+        with pytest.raises(ValueError, match="gpu|fp16|nn"):
+            cycle.settle(device, dtype)
+
+
+def test_a_captioner_is_read_as_it_was_saved(captioner, tmp_path):
+    """Its size of picture too; and from a processor as transformers 5 saves it."""
+    other = cycle.Captioner(captioner.model, captioner.tokenizer, captioner.processor)
+    other.size = (16, 16)
+    other.save(tmp_path)
+    assert cycle.Captioner.load(tmp_path, "cpu").size == (16, 16)
+    own = tmp_path / "preprocessor_config.json"
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
+    own.unlink()
+    found = cycle.Captioner.load(tmp_path, "cpu")
+    assert found.size == (16, 16) and torch.equal(found.mean, captioner.mean)
 
 
 # ---------------------------------------------------------------- the conversations

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import data
@@ -54,11 +55,12 @@ def test_a_domain_is_the_mean_of_its_items(whole):
         assert results["captions"][row]["CIDEr"]["value"] == pytest.approx(100 * each[some].mean())
         counts = metrics.bleu_counts([said[names[i]] for i in some], [items[names[i]].captions for i in some])
         assert results["captions"][row]["B@4"]["value"] == pytest.approx(100 * metrics.bleu(counts.sum(0))[3])
-    picture = data.open_image(out / "pictures" / f"{names[0]}.png")
+    drawn = {r["item"]: data.open_image(out / r["picture"])
+             for r in map(json.loads, (out / "images-0.jsonl").read_text().splitlines())}
     judge = metrics.likenesses(["dino"], "image", "miniature").pairs["dino"]
-    alike = [judge(data.open_image(out / "pictures" / f"{k}.png")[None], data.open_image(items[k].path)[None])[0]
-             for k in names]
-    assert picture.shape == (3, 32, 32) and results["images"]["all"]["DINO"]["value"] == pytest.approx(np.mean(alike))
+    alike = [judge(drawn[k][None], data.open_image(items[k].path)[None])[0] for k in names]
+    assert drawn[names[0]].shape == (3, 32, 32)
+    assert results["images"]["all"]["DINO"]["value"] == pytest.approx(np.mean(alike))
 
 
 def test_work_is_kept_and_goes_on(whole, tmp_path, monkeypatch):
@@ -133,6 +135,32 @@ def test_score_on_real_captions(shared, tmp_path):
         assert result["captions"]["all"]["n"] == 1 and result["captions"]["all"]["B@1"] > 50
 
 
+def test_an_image_by_its_number():
+    same = [391895, "391895", "000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg", "coco_391895"]
+    assert {evaluate.key(x) for x in same} == {"391895"}
+    others = ["cat1.jpg", "dog1.jpg", "0013ea2087020f01.jpg", "0013ea2087020f02.jpg", "a/b 7.png"]
+    assert [evaluate.key(x) for x in others] == others
+    assert evaluate.keys([7, 7, "8"], "x") == ["7", "7", "8"]
+    with pytest.raises(ValueError, match="a/001.jpg and b/001.jpg"):
+        evaluate.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
+
+
+def test_names_that_look_alike_are_drawn_apart(tmp_path):
+    """By a generator that takes its settings by name, as README's example does."""
+    names = ["图一.png", "图二.png", "a b.png", "a_b.png"]
+    for i, name in enumerate(names):
+        data.save_image(torch.full((3, 32, 32), i / 4), tmp_path / "set" / name)
+    (tmp_path / "set/metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": n, "text": f"number {i}"}) + "\n" for i, n in enumerate(names)))
+    (tmp_path / "grey.py").write_text(
+        "import torch\nclass Grey:\n    def draw(self, captions, items=None, seed=0, **settings):\n"
+        "        return torch.stack([torch.full((3, 32, 32), int(c[-1]) / 4) for c in captions])\n"
+        "def load(device, dtype):\n    return Grey()\n")
+    found = run(tmp_path / "out", "--data", tmp_path / "set", "--generator", f"{tmp_path / 'grey.py'}:load", "--only",
+                "images")
+    assert found["images"]["all"]["n"] == 4 and found["images"]["all"]["CLIP"] == pytest.approx(1)
+
+
 def test_label_free_prefers_the_true_caption(tmp_path, scenes, images):
     import world
     said = {}
@@ -178,6 +206,9 @@ def test_findings_of_a_rerank_of_texts(tmp_path):
                                      "--split", "near", "--out", str(tmp_path)])) == 0
     found = run(tmp_path / "out", "--findings", tmp_path, "--split", "near")["findings"]
     assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"} and list(found["DINO by clip"]) == ["near", "all"]
+    rows = [json.loads(x) for x in (tmp_path / "candidates.jsonl").read_text().splitlines()]
+    first = data.read("miniature", "near")[0]
+    assert {r["input"] for r in rows if r["item"] == first.name} == {first.captions[0]}      # the text, not the picture
     with pytest.raises(ValueError, match="run rerank.py"):
         run(tmp_path / "out", "--findings", tmp_path / "none")
     with pytest.raises(ValueError, match="fewer than two items"):
@@ -185,7 +216,8 @@ def test_findings_of_a_rerank_of_texts(tmp_path):
 
 
 def test_what_is_missing_is_told(capsys):
-    for argv in (["--score", "x.json"], ["--label-free"], ["--captioner", "vitb"]):
+    for argv in (["--score", "x.json"], ["--label-free"], ["--captioner", "vitb"], ["--captioner", "vitb", "--findings",
+                                                                                     "x"]):
         with pytest.raises(SystemExit):
             evaluate.flags(argv)
     assert ROOT and "needs --data" in capsys.readouterr().err

@@ -234,18 +234,42 @@ def encoders():
             for name, kind in (("clip", "image"), ("dino", "image"), ("sbert", "text"))}
 
 
+def smooth(shape):
+    """A picture of (height, width) without fine grain, which each library rounds in its own way."""
+    from PIL import Image
+    rng = np.random.default_rng(1)
+    return Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(shape[::-1], Image.BICUBIC)
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (48, 80), (90, 31)])
 @pytest.mark.parametrize("name", ["clip", "dino"])
 def test_views_equal_the_processors(encoders, name, shape):
-    from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-    rng = np.random.default_rng(1)
-    picture = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(shape[::-1], Image.BICUBIC)
+    picture = smooth(shape)
     processor = {"clip": CLIPImageProcessorPil, "dino": ViTImageProcessorPil}[name].from_pretrained(
         metrics.HERE / "miniature" / name)
     theirs = processor(picture, return_tensors="pt").pixel_values
     ours = encoders[name].pixels(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255)
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() * .5 < 3 / 255
+
+
+@pytest.mark.parametrize("name, file", [("clip", "preprocessor_config.json"), ("dino", "processor_config.json")])
+def test_sizes_as_the_hub_has_them(encoders, tmp_path, name, file):
+    """One number, as in openai/clip-vit-base-patch32 (the shorter side); and as transformers 5 saves a processor."""
+    import shutil
+
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    shutil.copytree(metrics.HERE / "miniature" / name, tmp_path / name)
+    config = json.loads((tmp_path / name / "preprocessor_config.json").read_text()) | {"size": 32, "crop_size": 32}
+    processor = {"clip": CLIPImageProcessorPil, "dino": ViTImageProcessorPil}[name](**config)
+    (tmp_path / name / "preprocessor_config.json").unlink()
+    (tmp_path / name / file).write_text(json.dumps({"image_processor": config} if "pre" not in file else config))
+    picture = smooth((48, 80))
+    theirs = processor(picture, return_tensors="pt").pixel_values
+    ours = metrics.Encoder(name, str(tmp_path / name), ("image",)).pixels(
+        torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255)
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() * .5 < 3 / 255
 
 

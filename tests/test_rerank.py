@@ -85,6 +85,19 @@ def test_other_settings_on_the_same_folder_are_refused(finished):
         run("--limit", 3, "--seed", 1, out=finished)
 
 
+def test_another_set_is_another_run(finished):
+    """Items of two sets may have one name."""
+    with pytest.raises(ValueError, match="set was miniature test, is miniature near"):
+        run("--limit", 3, "--split", "near", out=finished)
+
+
+def test_a_phone_s_picture_stands_upright(tmp_path):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03"
+                                           b"\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    square = rerank.frame(tmp_path / "x.jpg", 80)
+    assert square.getpixel((5, 40)) == (255, 255, 255) and square.getpixel((40, 5))[1] < 40
+
+
 def test_images_for_sentences(tmp_path):
     (tmp_path / "two.txt").write_text("a small red ball on the grass\n\na large blue ring at night\n")
     assert run(tmp_path / "two.txt", "--likeness", "sbert", "clip", "cider", out=tmp_path / "out") == 0
@@ -226,7 +239,7 @@ def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch):
     settings = json.loads((finished / "settings.json").read_text())
     (tmp_path / "out/rerank-2").mkdir()
     (tmp_path / "out/rerank-2/settings.json").write_text(json.dumps(settings | {"seed": "1"}))
-    own = ["-n", "3", "--steps", "2", "--scorer", "full"]
+    own = ["-n", "3", "--steps", "2", "--scorer", "full", "--split", "test"]
     for more, name in (([], "rerank"), (["--seed", "1"], "rerank-2"), (["--seed", "2"], "rerank-3")):
         assert rerank.place(rerank.flags([*own, *more]), "image-text-image") == rerank.Path("out") / name
     shutil.rmtree(tmp_path / "out/rerank")
