@@ -210,6 +210,8 @@ def test_agreeing_on_some_items_only(tmp_path, capsys):
     assert rerank.main(rerank.flags([*argv, "--scorer", "full"])) == 0
     out = capsys.readouterr().out
     assert "agreement with pixel on 1 items" in out and "CIDEr of 3 items by pixel " in out
+    assert rerank.main(rerank.flags([*argv, "--scorer", "full", "--by", "pixel again"])) == 0
+    assert sum(x["score"] is None for x in json.loads((tmp_path / "best.json").read_text()).values()) == 2
 
 
 def test_agreement_by_hand():
