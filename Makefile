@@ -17,9 +17,9 @@ check: .venv/ready
 
 results: SIZE = $(if $(QUICK),quick,$(if $(FULL),full,short))
 results: .venv/ready
-	@echo "parley: what RESULTS.md says of the miniature (two hours on two AVX2 cores; QUICK=1: 13 minutes, most of it; FULL=1: as committed, an estimated eight hours)"
+	@echo "parley: what RESULTS.md says of the miniature, size $(SIZE) (on two AVX2 cores: short HOURS; QUICK=1 13 minutes; FULL=1, as committed, an estimated eight hours)"
 	@.venv/bin/python results.py --size $(SIZE)
-	@.venv/bin/python report.py $(if $(FULL),,--folder results/$(SIZE))
+	@.venv/bin/python report.py $(if $(filter full,$(SIZE)),,--folder results/$(SIZE))
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"

@@ -481,7 +481,9 @@ def main(args):
             for x in (x for x in items if x.name in drawn):
                 try:
                     pair = args.out / drawn[x.name]["picture"], x.path
-                    here += [(*pair, x.domain)] if [data.open_image(p) for p in pair] else []
+                    for path in pair:
+                        data.open_image(path)
+                    here.append((*pair, x.domain))
                 except ValueError as e:
                     notes.append(f"skipped {e}")
             if not here:

@@ -61,7 +61,7 @@ def flags(argv=None):
     p.add_argument("--checkpointing", action="store_true", help="recompute UNet and decoder: less than half the memory")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed, step and sample")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
-    p.add_argument("--dtype", help="of the frozen weights: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--dtype", help="of the frozen weights: bfloat16 where a GPU has it, else float32")
     p.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--probe", type=int, default=100, help="steps between gradient norms of each loss; 0 = never")
     p.add_argument("--held", type=int, default=64, help="val samples, with human captions, whose losses are taken with "

@@ -1,7 +1,7 @@
 """Tables, figures and the README's numbers from results/*.json: no number is typed by hand.
 
     python report.py                        # RESULTS.md, results/*.png, the marked tables of README.md
-    python report.py --folder results/short # of another folder: RESULTS.md beside it, the README is left alone
+    python report.py --folder results/short # of another folder: RESULTS.md in it, the README is left alone
 """
 import argparse
 import json
@@ -144,7 +144,7 @@ def text_val(found):
             "velocity loss, the miniature's own. In the full run no part is better than as many draws over the whole "
             "by more than its interval, and no weight better than none: the score has neither. (An earlier val of 300 "
             "scenes preferred min(SNR, 5); the test sets, measured with that score, already had even weights ahead "
-            "when these 900 scenes were drawn to settle it.)", "",
+            "when the 900 scenes of the full run were drawn to settle it.)", "",
             markdown(["timesteps", "weight", "draws", "gain [95 %]", "minus as many draws over 0 to 1, even"], rows)]
 
 
@@ -167,14 +167,14 @@ def text_joint(found):
     settings = [f"- {k}: {x['steps']} steps, learning rate {x['lr']:g}" + f", ir weighs {x['ir']:g}" * (x is not known)
                 for k, x in (("every picture has a human caption", paired), ("own words", own),
                              ("known pairs without ir", known))]
-    lines = [f"Batches of 8, {found['seeds']} seeds, query projections. Rows that are compared with each other have "
+    lines = [f"Batches of 8, {counted(found)}, query projections. Rows that are compared with each other have "
              "equal steps, and learning rates of their own, chosen on val (of 100, 200 and 400 steps; known pairs take "
              "those of own words)" + ("" if found["val"] else ", by the full run; the steps are fewer here") + ":", "",
              *settings, "",
              f"tr weighs {found['chosen']['tr']:g}; the generator's learning rate is "
              f"{found['chosen']['generator']:g}. `known pairs: tg + ir` is own words without the own words, at their "
              "settings. Means over seeds; 95 % intervals resample scenes nothing was trained on, and the "
-             f"{found['seeds']} seeds.", "",
+             f"{counted(found)}.", "",
              "Unmarked rows: every picture has a human caption, of all colour-shape pairs. `known pairs`: only "
              "pictures and captions of pairs that the captioner has always known. `own words`: the same, and beside it "
              "pictures of all pairs that nobody described (`--own all`), for ir alone. `alone`, what a row has to "
@@ -211,6 +211,10 @@ def searched(found):
             "before on the same world, its query projections have little left to gain from more of it.", ""]
 
 
+def counted(found):
+    return f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+
+
 def commands(found):
     return [f"- {k}: `python {v}`" for k, v in found["commands"].items()]
 
@@ -221,7 +225,7 @@ def text_variants(found):
                       if k.startswith("own words"))
     more = [[k, *(with_interval(r[d][f"{q} minus queries"], n) for q, n in (("CIDEr", 1), ("facts", 3))
                   for d in ("all", *DOMAINS))] for k, r in found["rows"].items() if "CIDEr minus queries" in r["all"]]
-    return [f"As in the section before, {found['seeds']} seeds and the settings of the row that is varied, but for "
+    return [f"As in the section before, {counted(found)} and the settings of the row that is varied, but for "
             f"three rows with keys and values, whose learning rate val chose ({rates}). CIDEr on val of `own words, kv "
             f"trained` by rate: {tried or 'not taken'}. The row at the queries' rate stands beside it; val did not "
             "choose it. `other` is the row that a row is compared with.", "",
@@ -392,9 +396,9 @@ def claims(found):
             "clipscore minus clip"]
     if "texts" in found:
         table = found["texts"]["table"]
-        out |= {f"{name_of(k)}, of drawings in 50 steps: {q} gained by the choice": table[q][k]["all"]
+        out |= {f"{name_of(k)}, of drawings in full: {q} gained by the choice": table[q][k]["all"]
                 for q, k in (("CLIP", "clipscore"), ("facts", "denoised"), ("facts", "denoised less"))}
-        out["CLIP(picture, caption) - full cycle, CLIP, of drawings in 50 steps"] = found["texts"]["differences"][
+        out["CLIP(picture, caption) - full cycle, CLIP, of drawings in full"] = found["texts"]["differences"][
             "clipscore minus clip"]
     if "joint" in found:
         rows = found["joint"]["rows"]
@@ -427,10 +431,12 @@ def signs(folder):
 
 def write(folder):
     """(RESULTS.md, {section: its lines}) of a folder of JSON files."""
-    out = ["# Results", "", "Written by `python report.py` from `results/*.json`; no number is typed by hand. All "
-           "of it but \"What do the real models cost?\" is measured on the miniature (README): it says something of "
-           "the method, nothing of BLIP or Stable Diffusion."]
-    out += signs(folder) if folder.resolve() != HERE / "results" else []
+    own = folder.resolve() == HERE / "results"
+    folded, files = ("", "results/") if own else (f" --folder {folder}", "")
+    out = ["# Results", "", f"Written by `python report.py{folded}` from `{files}*.json`; no number is typed by hand. "
+           "All of it but \"What do the real models cost?\" is measured on the miniature (README): it says something "
+           "of the method, nothing of BLIP or Stable Diffusion."]
+    out += [] if own else signs(folder)
     parts = {}
     for name, title in SECTIONS.items():
         if (folder / f"{name}.json").exists():
@@ -438,7 +444,7 @@ def write(folder):
             about, figure = found["about"], [
                 x for file, (section, f) in FIGURES.items()
                 if section == name and (file != "taught" or found.get("shown")) for x in (
-                    f"![{(f.__doc__ or title).strip()}]({folder.name}/{file}.png)", "")]
+                    f"![{(f.__doc__ or title).strip()}]({files}{file}.png)", "")]
             parts[name] = globals()[f"text_{name}"](found)
             size = about.get("size", "full")
             command = f"python results.py {name}" + f" --size {size}" * (size != "full")
@@ -477,7 +483,9 @@ def figure_scorers(found, plt):
         axis.axhline(base, color="grey", ls=":", label="beam search")
         axis.axhline(found["scorers"]["clipscore"][domain]["gain"], color="tan", ls="--",
                      label="CLIP(picture, caption)")
-        axis.set(title=f"{domain}, {found['scorers']['clip'][domain]['items']} pictures", xscale="log",
+        few, all_of = family[0][domain]["items"], found["scorers"]["clip"][domain]["items"]
+        axis.set(title=f"{domain}, {all_of} pictures" + f"; of the first {few}: few steps, budget, noises by number" * (
+            few < all_of), xscale="log",
                  xlabel="UNet evaluations a picture")
     axes[0].set_ylabel("CIDEr gained by the choice")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
@@ -563,10 +571,12 @@ def main(args):
     if not parts:
         raise ValueError(f"{args.folder} has no results: run python results.py, or make results")
     draw(args.folder)
-    (args.folder.parent / "RESULTS.md").write_text(text)
-    if args.folder.resolve() == HERE / "results":
+    own = args.folder.resolve() == HERE / "results"
+    page = HERE / "RESULTS.md" if own else args.folder / "RESULTS.md"
+    page.write_text(text)
+    if own:
         (HERE / "README.md").write_text(readme((HERE / "README.md").read_text(), parts))
-    print(f"report.py: {args.folder.parent / 'RESULTS.md'}, and figures in {args.folder}")
+    print(f"report.py: {page}, and figures in {args.folder}")
     return 0
 
 

@@ -140,7 +140,7 @@ def resume(args, direction):
     """(settings, finished items {name: rows}) of --out. Other settings on the same folder are refused."""
     keep = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges", "glove", "seed", "dtype",
             "ckpt", "scorer", "draws", "budget", "agree", "decoder")
-    settings = {"direction": direction, "set": "None" if args.inputs else f"{args.data} {args.split}"}
+    settings = {"direction": direction, "set": "None" if args.inputs else f"{Path(args.data).name} {args.split}"}
     settings |= {k: str(vars(args)[k]) for k in keep}
     path, lines = args.out / "settings.json", args.out / "candidates.jsonl"
     before = json.loads(path.read_text()) if path.exists() else settings
@@ -161,8 +161,9 @@ def append(path, rows):
     """All candidates of an item by one write: several processes may add to a file, a kill cuts only its last line."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with open(path, "ab+", buffering=0) as f:
-        if f.seek(0, 2) and (f.seek(-1, 2), f.read(1))[1] != b"\n":
-            f.write(b"\n")
+        if f.seek(0, 2):
+            f.seek(-1, 2)
+            f.write(b"\n" * (f.read(1) != b"\n"))
         f.write(text.encode())
 
 

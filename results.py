@@ -1,6 +1,6 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
-    make results                  # every table again, with fewer items and steps, into results/short: two hours
+    make results                  # every part again, with fewer items and steps, into results/short: HOURS
     make results QUICK=1          # the parts QUICK, with fewer still, into results/quick: 13 minutes
     make results FULL=1           # as committed, into results: an estimated eight hours
     python results.py scorers     # one part, of --size full
@@ -85,8 +85,13 @@ def run(args, script, *argv, several=True, threads=1, quiet=False):
     child = subprocess.Popen([sys.executable, *head, script, *map(str, argv)], cwd=HERE, env=env, text=True,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)
     CHILDREN.append(child)
-    said = (child.communicate()[1] or "").splitlines()
-    CHILDREN.remove(child)
+    try:
+        said = (child.communicate()[1] or "").splitlines()
+    except BaseException:                                                                # Ctrl-C, say
+        child.terminate()
+        raise
+    finally:
+        CHILDREN.remove(child)
     if child.returncode:
         own = [x for x in said if x.startswith(f"{script}: ")] or said[-3:] or ["what it said is above"]
         raise ValueError(f"{script} ended with exit code {child.returncode}: {' '.join(own)[-500:]}")

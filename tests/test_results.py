@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,10 +58,10 @@ def test_a_wrong_sign_is_shown(tmp_path):
 
 
 def test_report_of_another_folder(tmp_path):
-    shutil.copytree(ROOT / "results", tmp_path / "some", ignore=shutil.ignore_patterns("quick"))
+    shutil.copytree(ROOT / "results", tmp_path / "some", ignore=shutil.ignore_patterns("quick", "short"))
     before = (ROOT / "README.md").read_text()
     assert report.main(report.flags(["--folder", str(tmp_path / "some")])) == 0
-    assert (tmp_path / "RESULTS.md").exists() and (tmp_path / "some/scorers.png").stat().st_size > 10_000
+    assert (tmp_path / "some/RESULTS.md").exists() and (tmp_path / "some/scorers.png").stat().st_size > 10_000
     assert (ROOT / "README.md").read_text() == before
     out = subprocess.run([sys.executable, "report.py", "--folder", str(tmp_path)], cwd=ROOT, capture_output=True,
                          text=True)
@@ -137,32 +136,32 @@ def test_caches_know_their_settings(tmp_path, monkeypatch):
 
 
 def test_what_was_started_ends_with_it(tmp_path):
-    """kill PID of results.py ends the command it runs and its workers."""
-    (tmp_path / "long.py").write_text("import os, pathlib, time\n"
-                                      f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
-                                      "time.sleep(60)\n")
-    begin = (f"import results, types\nresults.words = lambda args: results.run(args, {str(tmp_path / 'long.py')!r})\n"
-             f"results.main(results.flags(['words', '--processes', '1', '--work', {str(tmp_path / 'work')!r}]))")
-    own = subprocess.Popen([sys.executable, "-c", begin], cwd=ROOT)
-    for _ in range(200):
-        time.sleep(.1)
-        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
-            break
+    """kill PID of results.py ends the command it runs and its workers: here, as many processes as two jobs."""
+    (tmp_path / "long.py").write_text("import os, pathlib, time\n\n\ndef stay(where):\n"
+                                      "    pathlib.Path(where).write_text(str(os.getpid()))\n    time.sleep(60)\n\n\n"
+                                      f"if __name__ == '__main__':\n    stay({str(tmp_path / 'command')!r})\n")
+    (tmp_path / "begin.py").write_text(
+        "import concurrent.futures, multiprocessing, sys\n\nimport long\n\nif __name__ == '__main__':\n"
+        f"    sys.path.insert(0, {str(ROOT)!r})\n    import results\n"
+        "    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))\n"
+        f"    pool.submit(long.stay, {str(tmp_path / 'worker')!r})\n"
+        f"    results.words = lambda args: results.run(args, {str(tmp_path / 'long.py')!r}, several=False)\n"
+        f"    results.main(results.flags(['words', '--work', {str(tmp_path / 'work')!r}]))\n")
+    own, pids = subprocess.Popen([sys.executable, tmp_path / "begin.py"]), [tmp_path / k for k in ("command", "worker")]
+    assert soon(lambda: all(x.exists() and x.read_text() for x in pids))
+    assert all(there(x.read_text()) for x in pids)
     own.terminate()
-    assert own.wait(20) == 143
-    for _ in range(100):
-        if not alive(int((tmp_path / "pid").read_text())):
-            return
-        time.sleep(.1)
-    raise AssertionError("the command it ran is still there")
+    assert own.wait(20) == 143 and soon(lambda: not any(there(x.read_text()) for x in pids))
 
 
-def alive(pid):
-    """A process that is there, and no zombie whose parent has not asked for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except OSError:
-        return False
+def soon(true, seconds=20):
+    return any(true() or time.sleep(.1) for _ in range(10 * seconds))
+
+
+def there(pid):
+    """A process that has not ended: neither gone nor a zombie that nobody has asked for."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout
+    return bool(state.strip()) and state.strip()[0] != "Z"
 
 
 def told(tmp_path, monkeypatch, items=4):
@@ -242,7 +241,8 @@ def test_sizes():
     full, short, quick = (results.flags(["--size", k]) for k in ("full", "short", "quick"))
     assert full.out / "short" == short.out and full.out / "quick" == quick.out and full.parts == short.parts
     for a, b in ((quick, short), (short, full)):
-        assert all(a_ <= b_ for a_, b_ in ((vars(a)[k], vars(b)[k]) for k in results.SIZES["full"]) if b_)
+        for k in results.SIZES["full"]:
+            assert vars(b)[k] is None or vars(a)[k] <= vars(b)[k], k
     assert short.items >= 500 <= full.items and results.share(short, 50) == 15
 
 
