@@ -17,7 +17,7 @@ check: .venv/ready
 
 results: SIZE = $(if $(QUICK),quick,$(if $(FULL),full,short))
 results: .venv/ready
-	@echo "parley: what RESULTS.md says of the miniature, size $(SIZE) (on two AVX2 cores: short HOURS; QUICK=1 13 minutes; FULL=1, as committed, an estimated eight hours)"
+	@echo "parley: what RESULTS.md says of the miniature, size $(SIZE) (on two AVX2 cores: short 2 h 20; QUICK=1 13 minutes; FULL=1, as committed, an estimated eight hours)"
 	@.venv/bin/python results.py --size $(SIZE)
 	@.venv/bin/python report.py $(if $(filter full,$(SIZE)),,--folder results/$(SIZE))
 

@@ -1,6 +1,6 @@
 """Measures what the README claims, on the miniature, into results/*.json. Run again, it goes on where it stopped.
 
-    make results                  # every part again, with fewer items and steps, into results/short: HOURS
+    make results                  # every part again, with fewer items and steps, into results/short: 2 h 20
     make results QUICK=1          # the parts QUICK, with fewer still, into results/quick: 13 minutes
     make results FULL=1           # as committed, into results: an estimated eight hours
     python results.py scorers     # one part, of --size full
@@ -11,6 +11,7 @@ do not keep, the denoising loss of every candidate at every draw. Settings are c
 out; RESULTS.md, "Which timesteps?", says where that was not blind.
 """
 import argparse
+import atexit
 import collections
 import functools
 import itertools
@@ -219,7 +220,9 @@ def measure_pictures(job):
 def workers(processes, dtype):
     """Processes of one thread, each with the generator, for all that `measured` has to do."""
     from concurrent.futures import ProcessPoolExecutor
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (dtype,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start, (dtype,))
+    atexit.register(pool.shutdown)                                      # before the modules go, which it needs
+    return pool
 
 
 def measured(args, name, f, jobs):
