@@ -458,7 +458,7 @@ def pick(score, name, width):
 # ---------------------------------------------------------------- joint training
 PAIRED, KNOWN, OWN = "--split all --losses ", "--split train --losses ", "--split train --own all --losses "
 TABLE = {"tg": PAIRED + "tg", "ig": PAIRED + "ig", "tg + ir": PAIRED + "tg ir", "ig + tr": PAIRED + "ig tr",
-         "all four": PAIRED + "tg ir ig tr",                               # Tables 3 to 5: every picture has captions
+         "all four": PAIRED + "tg ir ig tr", "ir": PAIRED + "ir",          # Tables 3 to 5: every picture has captions
          "known pairs: tg": KNOWN + "tg", "known pairs: ig": KNOWN + "ig",
          "known pairs: tg + ir": KNOWN + "tg ir",
          "own words: tg + ir": OWN + "tg ir", "own words: all four": OWN + "tg ir ig tr"}
@@ -476,7 +476,7 @@ KV = "own words, kv trained", "known pairs: tg, kv trained", "tg, kv trained"   
 RATES = 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2                              # learning rates of the captioner
 STEPS = 100, 200, 400
 # what each row must beat, (captions, drawings): the same described pictures without the other model
-ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four"), ("tg", "ig")), **dict.fromkeys(
+ALONE = {**dict.fromkeys(("tg + ir", "ig + tr", "all four", "ir"), ("tg", "ig")), **dict.fromkeys(
     ("known pairs: tg + ir", "own words: tg + ir", "own words: all four"), ("known pairs: tg", "known pairs: ig")),
     **{k: ("own words: tg + ir" if k.startswith("own") else "ig + tr",) * 2 for k in VARIANTS},
     "known pairs: tg, kv trained": ("known pairs: tg",) * 2, "tg, kv trained": ("tg",) * 2,

@@ -42,19 +42,19 @@ def test_what_the_text_claims_is_beyond_chance():
     found = {k: json.loads((ROOT / f"results/{k}.json").read_text()) for k in (
         "scorers", "pictures", "texts", "joint", "variants", "val")}
     claimed = report.claims(found)
-    assert len(claimed) >= 38 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
+    assert len(claimed) >= 39 and not [k for k, x in claimed.items() if report.interval(x)[0] <= 0]
     assert not [r for r in found["val"]["rows"] if report.interval(r["minus even"])[0] > 0]      # as text_val says
 
 
 def test_a_wrong_sign_is_shown(tmp_path):
     found = json.loads((ROOT / "results/joint.json").read_text())
     (tmp_path / "joint.json").write_text(json.dumps(found))
-    assert "10 of 10" in "\n".join(report.signs(tmp_path))
+    assert "11 of 11" in "\n".join(report.signs(tmp_path))
     for end in ("value", "low", "high"):
         found["rows"]["own words: tg + ir"]["out"]["CIDEr minus none"][end] *= -1
     (tmp_path / "joint.json").write_text(json.dumps(found))
     table = "\n".join(report.signs(tmp_path))
-    assert "9 of 10" in table and re.search(r"CIDEr minus none, out \|.*\*\*no\*\*", table)
+    assert "10 of 11" in table and re.search(r"CIDEr minus none, out \|.*\*\*no\*\*", table)
 
 
 def test_report_of_another_folder(tmp_path):
