@@ -7,7 +7,7 @@ demo: .venv/ready
 	@.venv/bin/python rerank.py --n 10 --scorer full --out out/demo
 
 test: .venv/ready
-	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five to six on two AVX2 ones)"
+	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five to seven on two AVX2 ones)"
 	@.venv/bin/ruff check .
 	@.venv/bin/python -m pytest -q tests
 
