@@ -41,14 +41,15 @@ WEIGHTS = {"even": lambda snr: np.ones_like(snr), "sqrt snr": lambda snr: snr **
            "min(snr, 5)": lambda snr: np.minimum(snr, 5)}
 VAL = 50_000                                     # scenes of each domain from here on are val
 QUICK = ("scorers", "pictures", "joint")              # the parts of --size quick: most of what report.claims reads
-# items: pictures of a domain; aside: those scored in more ways; steps: of a drawing; share: of all else that counts;
-# train: steps of a training at most, if not what val chose; seen: scenes of a domain it is examined on; varied: seeds
-SIZES = {"quick": {"items": 30, "aside": 30, "steps": 15, "share": .1, "draws": DRAWS[:-2], "train": 60, "seen": 50,
-                   "seeds": 1, "varied": 1},
-         "short": {"items": 500, "aside": 100, "steps": 20, "share": .3, "draws": DRAWS[:-2], "train": 60, "seen": 100,
-                   "seeds": 3, "varied": 1},
-         "full": {"items": 500, "aside": 500, "steps": 50, "share": 1, "draws": DRAWS, "train": None, "seen": 300,
-                  "seeds": 3, "varied": 3}}
+# items: pictures of a domain; aside: those scored in more ways; texts: drawn in few steps; steps: of other drawings;
+# share: of all else that counts; train: steps of a training at most, if not what val chose; seen: scenes of a domain
+# it is examined on; varied: seeds of `variants`
+SIZES = {"quick": {"items": 30, "aside": 30, "texts": 10, "steps": 15, "share": .1, "draws": DRAWS[:-2], "train": 60,
+                   "seen": 50, "seeds": 1, "varied": 1},
+         "short": {"items": 500, "aside": 100, "texts": 100, "steps": 20, "share": .3, "draws": DRAWS[:-2], "train": 60,
+                   "seen": 100, "seeds": 3, "varied": 1},
+         "full": {"items": 500, "aside": 500, "texts": 500, "steps": 50, "share": 1, "draws": DRAWS, "train": None,
+                  "seen": 300, "seeds": 3, "varied": 3}}
 FROZEN = ("val", "scorers", "words", "findings", "texts", "pictures", "samplers")          # those that --dtype is for
 CHILDREN = []                                                                            # of `run`, at work
 PARTS = ("check", "scores", "val", "scorers", "findings", "texts", "pictures", "samplers", "words", "signal", "joint",
@@ -642,7 +643,8 @@ def argv(flags, lrs, weights, steps, seed):
 def joint(args):
     """Which losses teach what (Tables 3 to 5): each row from the same start, in the same order of data."""
     if args.size == "quick":
-        keep(args, "joint", taught(args, {k: TABLE[k] for k in ("known pairs: tg", "own words: tg + ir")}, 1)[0])
+        rows = {k: TABLE[k] for k in ("known pairs: tg", "own words: tg + ir")}
+        keep(args, "joint", taught(args, rows, args.seeds)[0])
         return
     found = taught(args, TABLE, args.seeds)
     norms = {k: json.loads((args.work / "joint" / f"{k} 0" / "log.jsonl").read_text().split("\n")[0])
@@ -847,7 +849,7 @@ def texts(args):
 
 def pictures(args):
     """Finding II on more texts, drawn in 8 steps."""
-    keep(args, "pictures", from_texts(args, "fewtext", args.aside, "few", 8))
+    keep(args, "pictures", from_texts(args, "fewtext", args.texts, "few", 8))
 
 
 def from_texts(args, kind, limit, scorer, steps):
