@@ -267,8 +267,8 @@ def resolve(name, table, kind, cached=False):
     if old:
         # a pipeline may have both kinds: None takes safetensors where a part has them
         options["use_safetensors"] = None if (place / "model_index.json").exists() else False
-        print(f"{kind} {str(name)!r}: no safetensors of {', '.join(old)}; read through torch's restricted loader",
-              file=sys.stderr)
+        print(f"{kind} {str(name)!r}: no safetensors in {', '.join(map(str, old))}; its .bin is read through torch's "
+              "restricted loader", file=sys.stderr)
     return str(place), options | ({} if place.is_file() else {"trust_remote_code": False})
 
 
@@ -285,17 +285,17 @@ def needed(names):
 def fetch(repo, what, cached=False):
     """The folder of a hub repository in the hub's own cache, after fetching what is missing; how much is said before.
     Where the hub can't be had, what the cache holds will do, if it is whole. Raises OSError with the cause."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     failure = None
     try:
         if cached:
             raise FileNotFoundError(f"{repo} is not in the hub's cache, and nothing is fetched unasked")
-        info = HfApi().model_info(repo, timeout=10)
-        wanted = needed([x.rfilename for x in info.siblings])
-        plan = snapshot_download(repo, revision=info.sha, allow_patterns=wanted, dry_run=True)
-        size = sum(x.file_size for x in plan if x.will_download)
+        commit = HfApi().model_info(repo, timeout=10).sha
+        sizes = {x.path: getattr(x, "size", 0) for x in HfApi().list_repo_tree(repo, revision=commit, recursive=True)}
+        wanted = needed(list(sizes))
+        size = sum(sizes[n] for n in wanted if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str))
         if size:
-            print(f"{what}: fetching {size / 1e6:,.0f} MB of {repo} into {constants.HF_HUB_CACHE}", file=sys.stderr)
+            print(f"{what}: fetching {size / 1e6:,.1f} MB of {repo} into {constants.HF_HUB_CACHE}", file=sys.stderr)
         folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except Exception as e:                                   # the clients below have no common class of errors
         failure = e
@@ -348,7 +348,7 @@ def check_weights(folder):
         for file in files:
             check_file(file)
         if files[0].suffix == ".bin":
-            old.append(part.name if index.exists() else files[0].name)
+            old.append(part)
     return old
 
 
@@ -522,7 +522,6 @@ class Reading:
 class Captioner:
     """A BLIP or BLIP-2 (decoder-only) checkpoint that describes images. Weights frozen, in eval mode."""
     space = ""                                   # between prompt and caption, where a tokenizer keeps spaces
-    unsaid = ()                                  # ids that are no words: never sampled, never in a beam
 
     @classmethod
     def load(cls, name="miniature", device=None, dtype=None):
@@ -551,6 +550,9 @@ class Captioner:
         self.side = None                                     # pixels a side, where other than the processor says
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
         self.begin()
+        # ids that are no words, such as [DEC], [ENC] and <image>: never sampled, never in a beam
+        image = [i for word, i in self.tokenizer.get_added_vocab().items() if word == "<image>"]
+        self.unsaid = [*range(len(self.tokenizer), len(self.head.weight)), *image]
 
     def begin(self):
         """The ids of begin, prompt, end and padding. BLIP's tokenizer lacks [DEC], which begins its captions."""
@@ -672,7 +674,6 @@ class Captioner:
         live = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         for step in range(length[1] - len(self.prompt)):
             logits = self.head(hidden[:, -1]).float()                                                     # (B n, V)
-            logits[:, len(self.tokenizer):] = -torch.inf                       # [DEC] and [ENC] are never said
             logits[:, self.unsaid] = -torch.inf
             if ids.shape[1] < length[0]:
                 logits[:, self.end] = -torch.inf
@@ -696,7 +697,7 @@ class Captioner:
 
     def searching(self, n, length):
         return {"num_beams": max(3, n), "num_return_sequences": n, "do_sample": False, "eos_token_id": self.end,
-                "pad_token_id": self.pad, "suppress_tokens": list(self.unsaid) or None,
+                "pad_token_id": self.pad, "suppress_tokens": self.unsaid or None,
                 "min_new_tokens": max(0, length[0] - len(self.prompt)),
                 "max_new_tokens": length[1] - len(self.prompt)}
 
@@ -715,7 +716,6 @@ class Captioner2(Captioner):
         self.decoder = self.model.language_model
         self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
         self.head = self.decoder.get_output_embeddings()
-        self.unsaid = [i for w, i in self.tokenizer.get_added_vocab().items() if w == "<image>"]
 
     def stock_processor(self):
         from transformers import Blip2Processor
