@@ -11,6 +11,7 @@ do not depend on what else is in the batch. Copy this file alone: it needs torch
 Letters: B images, n candidates, L tokens, P states of the captioner's vision, D their width, V vocabulary.
 """
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -375,6 +376,7 @@ def record(folder):
         if before.get(repo, commit) != commit:
             raise ValueError(f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: choose "
                              "another --out, or give the folder of the older snapshot in the hub's cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if before | REVISIONS != before:
         path.with_suffix(".new").write_text(json.dumps(before | REVISIONS, indent=2) + "\n")
         os.replace(path.with_suffix(".new"), path)
@@ -564,15 +566,16 @@ class Captioner:
 
     def save(self, folder):
         """As a stock directory: from_pretrained of the model and of AutoProcessor read it."""
-        self.model.save_pretrained(folder)
+        processor = copy.deepcopy(self.processor)
         if self.side:
-            self.processor.size = {"height": self.side, "width": self.side}
-        self.processor.save_pretrained(folder)
-        self.stock_processor().save_pretrained(folder)
+            processor.size = {"height": self.side, "width": self.side}
+        processor.save_pretrained(folder)
+        self.stock_processor(processor).save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
         from transformers import BlipProcessor
-        return BlipProcessor(self.processor, self.tokenizer)
+        return BlipProcessor(processor, self.tokenizer)
 
     # pixels and tokens in
     def pixels(self, images):
@@ -717,9 +720,14 @@ class Captioner2(Captioner):
         self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
         self.head = self.decoder.get_output_embeddings()
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
+        """The stock model puts the picture where the prompt has num_query_tokens times <image>: without that number it
+        answers without having looked. Older clones have no such token yet: it gets one."""
         from transformers import Blip2Processor
-        return Blip2Processor(self.processor, self.tokenizer, num_query_tokens=self.model.config.num_query_tokens)
+        config = self.model.config
+        stock = Blip2Processor(processor, copy.deepcopy(self.tokenizer), num_query_tokens=config.num_query_tokens)
+        config.image_token_index = stock.tokenizer.convert_tokens_to_ids("<image>")
+        return stock
 
     def look(self, images):
         pixels, own = self.pixels(images), self.model.config.vision_config.image_size

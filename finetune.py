@@ -372,7 +372,6 @@ def main(args):
     decode = None
     if args.decoder != "exact" and "tr" in args.losses:
         decode = cycle.tiny_decoder(args.decoder, generator)
-    args.out.mkdir(parents=True, exist_ok=True)
     cycle.record(args.out)
     latents = Latents(args.cache, samples, generator, args.generator, rank, world)
     held, weights = held_out(args, samples, data, drawn), dict(zip(args.losses, args.weights))

@@ -562,7 +562,6 @@ def main(args):
     if mine:                                                    # models before judges: the real cause comes first
         captioner, generator = speakers(args, cycle)
         judges = judges_for(args, direction, wanted, cycle, data, metrics, rank)
-        args.out.mkdir(parents=True, exist_ok=True)
         cycle.record(args.out)
 
     # the conversations, some items at a time; what is finished is on disk
