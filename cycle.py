@@ -462,10 +462,11 @@ def loading(name, kind):
 def adopt(checkpoint, captioner=None, generator=None):
     """Puts the trained weights of a checkpoint of finetune.py (a .safetensors file, or its folder) into the models.
 
-    Its tensors are named captioner.* and generator.*, as in the models' own state. Raises ValueError where they do
-    not fit, and changes nothing then.
+    Its tensors are named captioner.* and generator.*, as in the models' own state; those of a side
+    that is not given are left out. Raises ValueError where they do not fit, or where there are none
+    of either side, and changes nothing then.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
@@ -473,22 +474,39 @@ def adopt(checkpoint, captioner=None, generator=None):
         tensors = load_file(path)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of finetune.py") from e
+    if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
+        raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
+                         "or generator.*; give the --out of finetune.py")
     moves = []
-    for side, model in (("captioner", captioner and captioner.model), ("generator", generator and generator.unet)):
+    for side, speaker, part in (("captioner", captioner, "model"), ("generator", generator, "unet")):
+        model = getattr(speaker, part, None)
         own = dict(model.named_parameters()) if model is not None else {}
-        for key in [k for k in tensors if model is not None and k.startswith(side + ".")]:
+        for key in [k for k in tensors if speaker is not None and k.startswith(side + ".")]:
             name = key.partition(".")[2]
             if name not in own or own[name].shape != tensors[key].shape:
                 raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this {side}: name the "
                                  "models it was trained from")
             moves.append((own[name], tensors[key]))
+    side = trained_side(path)
     for parameter, value in moves:
         parameter.data.copy_(value)
-    with safe_open(path, "pt") as f:
-        side = json.loads((f.metadata() or {}).get("header", "{}")).get("settings", {}).get("side")
     if side and captioner is not None:
         captioner.side = side                                # it goes on seeing what it was trained to see
     return len(moves)
+
+
+def trained_side(path):
+    """The --side of a checkpoint's header, None where it has none."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("header", "{}")
+    try:
+        side = json.loads(text).get("settings", {}).get("side")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"--ckpt {path}: its header is not one of finetune.py") from e
+    if side is not None and type(side) is not int:
+        raise ValueError(f"--ckpt {path}: its header says --side {side!r}: it is a number")
+    return side
 
 
 def tiny_vae(name, generator):
