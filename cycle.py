@@ -478,7 +478,8 @@ def adopt(checkpoint, captioner=None, generator=None):
         raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
                          "or generator.*; give the --out of finetune.py")
     moves = []
-    for side, speaker, part in (("captioner", captioner, "model"), ("generator", generator, "unet")):
+    sides = ("captioner", captioner, "model"), ("generator", generator, "unet")
+    for side, speaker, part in sides:
         model = getattr(speaker, part, None)
         own = dict(model.named_parameters()) if model is not None else {}
         for key in [k for k in tensors if speaker is not None and k.startswith(side + ".")]:

@@ -12,10 +12,11 @@ Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings 
 checkpoint.json (the same header to read), log.jsonl (a line a step). Which sample, caption, timestep and noise a step
 gets is a function of (seed, step, sample): the number of processes, --micro and a resume change nothing.
 
---resume and --export take the settings of the checkpoint, which somebody else may have written. So they take over
-numbers, switches and built-in names alone: of models miniature, vitb, vitl, blip2, sd14, of decoders exact and tiny,
-of data the miniature, of --split and --own a split. Any other folder, file or hub id is said and not followed, until
-the command line names it; the line that says so is the command to type. Code, file.py:function, likewise.
+--resume and --export take the settings of the checkpoint, which somebody else may have written. So
+they take over numbers, switches and built-in names alone: of models miniature, vitb, vitl, blip2,
+sd14; of decoders exact and tiny; of data the miniature; of --split and --own a split. Any other
+folder, file or hub id is said and not followed until the command line names it, and the line that
+says so has the command to type. Code, file.py:function, runs by the command line alone.
 """
 import argparse
 import hashlib
@@ -33,8 +34,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
-TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge", "temperature",
-            "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
+TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge",
+            "temperature", "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed",
+            "dtype", "side")
 SPLITS = ("train", "all", "restval", "val", "test", "in", "near", "out", "nocaps")
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
@@ -74,8 +76,8 @@ def flags(argv=None):
     p.add_argument("--held", type=int, default=64, help="val samples, with human captions, whose losses are taken with "
                    "each checkpoint")
     p.add_argument("--out", type=Path, default=Path("out/finetune"), help="folder for what comes out")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings; name "
-                   "its folders and hub ids again: a file's are not followed")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in "
+                   "--out, with its settings; its folders and hub ids are to be named again")
     p.add_argument("--export", type=Path, metavar="DIR", help="no training: write --out's models as stock directories")
     first = p.parse_known_args(argv)[0]
     if not (first.resume or first.export):
@@ -97,7 +99,7 @@ def proper(p, settings, out):
     kinds = {None: (str,), Path: (str,), int: (int,), float: (int, float)}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{out}: its settings have {key[:80]!r}, which is none of finetune.py's")
+            raise ValueError(f"{out}: its settings have {key[:80]!r}, which is none of ours")
         action, values = known[key], value if isinstance(value, list) else [value]
         if value is None and action.default is None:
             continue
@@ -106,14 +108,15 @@ def proper(p, settings, out):
         fits = fits and (action.nargs != 2 or len(values) == 2)
         fits = fits and all(type(x) in kind and x in (action.choices or [x]) for x in values)
         if not fits or any(isinstance(x, str) and not x.isprintable() for x in values):
-            raise ValueError(f"{out}: its settings have --{key} {repr(value)[:80]}, which cannot be")
+            raise ValueError(f"{out}: its settings have --{key} {repr(value)[:80]}, "
+                             "which cannot be")
     lacking = [k for k in ("captioner", "generator", "data") if settings.get(k) is None]
     if lacking:
         raise ValueError(f"{out}: its settings have no {', '.join(lacking)}")
 
 
 def foreign(settings, keys=None):
-    """{flag: value} of the settings that lead out of this program: a folder, a file, a hub id, code."""
+    """{flag: value} of the settings that lead out of this program: folder, file, hub id, code."""
     import cycle
     own = {"captioner": cycle.CAPTIONERS, "generator": cycle.GENERATORS, "data": ("miniature",),
            "split": SPLITS, "own": SPLITS, "decoder": ("exact", "tiny"), "cache": ()}
@@ -130,10 +133,11 @@ def ask(unsaid, out, argv):
     said = spelled(unsaid)
     code = [v for k, v in unsaid.items() if k in ("captioner", "generator") and ".py:" in v]
     if code:
-        raise ValueError(f"{out} was trained with {said}: {code[0]} is code. It runs only where the "
-                         "command line names it; do so if you know what it does")
-    raise ValueError(f"{out} was trained with {said}: what a file names is not followed unasked. Say "
-                     f"the same, or where it lies now: python finetune.py {shlex.join(argv)} {said}")
+        raise ValueError(f"{out} was trained with {said}: {code[0]} is code. It runs only where "
+                         "the command line names it; do so if you know what it does")
+    raise ValueError(f"{out} was trained with {said}: what a file names is not followed unasked. "
+                     "Say the same, or where it lies now: "
+                     f"python finetune.py {shlex.join(argv)} {said}")
 
 
 def complete(p, args):
@@ -328,13 +332,15 @@ def header(out):
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path}: no checkpoint to go on from ({type(e).__name__}); give --out its folder") from e
     if kinds != [int, str, dict] or about["step"] < 0:
-        raise ValueError(f"{path}: no checkpoint to go on from (its header is not ours); give --out its folder")
+        raise ValueError(f"{path}: no checkpoint to go on from (its header is not ours); give "
+                         "--out its folder")
     return about
 
 
 def plain(args):
     """The settings of a run that its checkpoint keeps."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in PLACES}
+    return {k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items() if k not in PLACES}
 
 
 def save(args, samples, step, trained, adam):
@@ -371,13 +377,15 @@ def restore(args, samples, trained, adam):
     about = header(args.out)
     was = about["settings"] | {"data": about["data"]}
     now = {k: getattr(args, k) for k in TRAINING} | {"data": samples.name + samples.beside}
-    other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items()
-             if (sets(was[k]) != sets(v) if k == "data" else was.get(k) != v) and k not in ("steps", "epochs")]
+    alike = {k: was.get(k) == v for k, v in now.items()}
+    alike |= {"steps": True, "epochs": True, "data": sets(was["data"]) == sets(now["data"])}
+    other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if not alike[k]]
     if other:
         raise ValueError(f"--resume: {args.out} was trained otherwise ({'; '.join(other)}): choose another --out")
     saved = load_file(args.out / "checkpoint.safetensors")
+    kinds = ("", "adam.exp_avg.", "adam.exp_avg_sq.") if about["step"] else ("",)
     for name, p in trained.items():
-        for key in (name, f"adam.exp_avg.{name}", f"adam.exp_avg_sq.{name}")[:3 if about["step"] else 1]:
+        for key in (kind + name for kind in kinds):
             if key not in saved or saved[key].shape != p.shape:
                 raise ValueError(f"--resume: {args.out} has no {key} {tuple(p.shape)}: it is not a "
                                  "checkpoint of these models")

@@ -48,8 +48,9 @@ def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monk
     (tmp_path / "page.pth").write_text("<html>404</html>")
     loaded = []
     monkeypatch.setattr(cycle.Generator, "load", lambda *a: loaded.append(a))
-    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain tensors"):
-        run(tmp_path / "out", "--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth")
+    argv = ["--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth"]
+    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain tensor"):
+        run(tmp_path / "out", *argv)
     assert not loaded and not (tmp_path / "out").exists()
 
 

@@ -326,7 +326,7 @@ def test_likeness_by_name(images):
 
 
 def fidelity_stand_in(monkeypatch):
-    """torch-fidelity as far as it is used: it loads what it is given as the true one does, code and all."""
+    """torch-fidelity as far as it is used: it unpickles what it is given, as the true one does."""
     class Extractor(torch.nn.Module):
         def __init__(self, name, features, feature_extractor_weights_path):
             super().__init__()
@@ -336,11 +336,11 @@ def fidelity_stand_in(monkeypatch):
 
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.max() > 1
-            return self.scale * x.float().mean((2, 3)), x.float()[:, 0, 0]       # a mean colour, and a row
+            colour = self.scale * x.float().mean((2, 3))
+            return colour, x.float()[:, 0, 0]                    # a mean colour, and a row
     package = types.ModuleType("torch_fidelity")
-    package.feature_extractor_inceptionv3 = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    package.feature_extractor_inceptionv3.FeatureExtractorInceptionV3 = Extractor
-    package.feature_extractor_inceptionv3.URL_INCEPTION_V3 = "https://x.org/weights.pth"
+    package.feature_extractor_inceptionv3 = types.SimpleNamespace(
+        FeatureExtractorInceptionV3=Extractor, URL_INCEPTION_V3="https://x.org/weights.pth")
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
 
 
@@ -354,14 +354,16 @@ class Canary:
 
 
 def test_inception_runs_no_code(monkeypatch, tmp_path, images):
-    """Tensors are read, from either kind of file; what would run, or is something else, costs a line."""
+    """Tensors are read, from either kind of file; what would run, or is no tensor, costs a line."""
     fidelity_stand_in(monkeypatch)
-    torch.save({"scale": torch.full((1,), 2.)}, tmp_path / "good.pth")
-    torch.save({"scale": torch.full((1,), 2.)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    save_file({"scale": torch.full((1,), 2.)}, tmp_path / "good.safetensors")
+    good = {"scale": torch.full((1,), 2.)}
+    torch.save(good, tmp_path / "good.pth")
+    torch.save(good, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(good, tmp_path / "good.safetensors")
     mean = 2 * (images * 255).round().mean((2, 3)).double()
     for name in ("good.pth", "old.pth", "good.safetensors"):
-        assert np.allclose(metrics.fidelity("cpu", str(tmp_path / name))(images)[0], mean, atol=1e-3)
+        seen = metrics.fidelity("cpu", str(tmp_path / name))(images)[0]
+        assert np.allclose(seen, mean, atol=1e-3)
     canary = tmp_path / "canary"
     torch.save({"scale": torch.ones(1), "more": Canary(canary)}, tmp_path / "evil.pth")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Canary(canary), 2))
@@ -371,13 +373,13 @@ def test_inception_runs_no_code(monkeypatch, tmp_path, images):
     torch.save([torch.ones(1)], tmp_path / "list.pth")
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pth")
     torch.save({"epoch": 3}, tmp_path / "number.pth")
-    for name in ("evil.pth", "evil.pkl", "page.pth", "page.safetensors", "empty.pth", "list.pth", "other.pth",
-                 "number.pth", "nowhere.pth", "."):
+    for name in ("evil.pth", "evil.pkl", "page.pth", "page.safetensors", "empty.pth", "list.pth",
+                 "other.pth", "number.pth", "nowhere.pth", "."):
         with pytest.raises(metrics.Unavailable) as e:
             metrics.fidelity("cpu", str(tmp_path / name))
         said = str(e.value)
         assert str(tmp_path / name) in said and "give --inception" in said and "\n" not in said
-        assert "weights_only" not in said                        # torch's own advice is to run the code
+        assert "weights_only" not in said                        # torch's advice is to run the code
     assert not canary.exists()
     pickle.loads((tmp_path / "evil.pkl").read_bytes())
     assert canary.exists()                                       # and it would have sung

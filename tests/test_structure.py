@@ -86,29 +86,31 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 MAY = {("metrics.py", "inception_weights", "torch.load"),
        ("metrics.py", "inception_weights", "torch.hub.load_state_dict_from_url"),
        ("metrics.py", "fidelity", "torch.save")}
+ALLOWED = {"weights_only": "True", "allow_pickle": "False", "trust_remote_code": "False"}
 RESTRICTED = ("torch.load", "torch.hub.load_state_dict_from_url")
 FORBIDDEN = ("torch.hub.load", "torch.jit.load", "torch.package.PackageImporter",
              "torch.serialization.load", "torch.serialization.add_safe_globals")
 
 
 def unpickling(name, text):
-    """(calls of a file that read or write pickles: {(file, function, call)}, what is wrong with them)."""
+    """({(file, function, call)} that read or write pickles in a file, what is wrong in it)."""
     found, wrong = set(), []
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             wrong += [a.name for a in node.names if a.name.split(".")[0] in PICKLES]
-            wrong += [f"{a.name} as {a.asname}" for a in node.names if a.name == "torch" and a.asname]
+            wrong += [f"torch as {a.asname}" for a in node.names if a.name == "torch" and a.asname]
         elif isinstance(node, ast.ImportFrom):
-            wrong += [node.module] if node.module.split(".")[0] in PICKLES else []
+            root = node.module.split(".")[0]
+            wrong += [node.module] if root in PICKLES else []
             wrong += [f"from {node.module} import {a.name}" for a in node.names
-                      if node.module.split(".")[0] == "torch" and a.name.startswith(("load", "save"))]
+                      if root == "torch" and a.name.startswith(("load", "save"))]
         elif isinstance(node, ast.Attribute):
-            wrong += [ast.unparse(node)] * (ast.unparse(node) in FORBIDDEN or node.attr == "read_pickle")
+            name_of = ast.unparse(node)
+            wrong += [name_of] * (name_of in FORBIDDEN or node.attr == "read_pickle")
         elif isinstance(node, ast.keyword):
             value = ast.unparse(node.value)
-            allowed = {"weights_only": "True", "allow_pickle": "False", "trust_remote_code": "False"}
-            if value != allowed.get(node.arg, value):
+            if value != ALLOWED.get(node.arg, value):
                 wrong.append(f"{node.arg}={value}")
         elif isinstance(node, ast.Dict):
             wrong += ["trust_remote_code" for k, v in zip(node.keys, node.values) if k is not None
@@ -118,7 +120,7 @@ def unpickling(name, text):
             wrong += [ast.unparse(node)] * (said.get("weights_only") != "True")
     inside = {}
     for function in [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]:
-        inside |= dict.fromkeys(ast.walk(function), function.name)         # the inner one comes last
+        inside |= dict.fromkeys(ast.walk(function), function.name)   # the inner one comes last
     for node in ast.walk(tree):
         call = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
         if call in {c for *_, c in MAY}:
@@ -136,8 +138,9 @@ def test_nothing_committed_unpickles():
 
 
 @pytest.mark.parametrize("line", [
-    "import pickle", "from pickle import loads", "torch.load(p)", "torch.load(p, weights_only=False)",
-    "torch.load(p, weights_only=flag)", "from torch import load", "import torch as t",
+    "import pickle", "from pickle import loads", "torch.load(p)",
+    "torch.load(p, weights_only=False)", "torch.load(p, weights_only=flag)",
+    "from torch import load", "import torch as t",
     "torch.hub.load('a/b', 'c')", "numpy.load(p, allow_pickle=True)",
     "torch.hub.load_state_dict_from_url(u)", "f(p, trust_remote_code=True)",
     "options = {'trust_remote_code': True}", "read = torch.jit.load"])
