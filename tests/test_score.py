@@ -5,7 +5,7 @@ import torch
 
 import cycle
 import losses
-import world
+from miniature import world
 
 SAID = ["a red ring", "a blue box at night", "a red ring", "two green hearts", "a tiny pink cross on the sand"]
 

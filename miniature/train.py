@@ -1,9 +1,9 @@
 """Draws the miniature data and trains the miniature models from scratch, into `miniature/` (what is shipped there).
 
-    python miniature.py                     # everything; resumes where it was killed
-    python miniature.py --parts vae unet    # some parts, in this order (two processes of one thread use two cores best)
-    python miniature.py --parts splits --out set --count 500    # a larger set with references: 500 pictures a domain
-    python miniature.py --check             # measures the shipped models on held-out scenes
+    python -m miniature.train                     # everything; resumes where it was killed
+    python -m miniature.train --parts vae unet    # some parts, in this order (two processes use two cores best)
+    python -m miniature.train --parts splits --out set --count 500    # a larger set: 500 pictures a domain
+    python -m miniature.train --check             # measures the shipped models on held-out scenes
 
 Each part is a stock class trained on pictures and captions of world.py, saved as an ordinary Hugging Face directory in
 half precision. A GPU is used where there is one; bf16 autocast where the processor or GPU has units for it.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import world
+from miniature import world
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert", "splits")
 PROMPT = "a picture of "                     # BLIP's, in training and in use
 STEPS = {"reader": 3000, "vae": 1500, "unet": 16000, "blip": 1500, "clip": 1500, "dino": 1000, "sbert": 1200}
