@@ -11,6 +11,7 @@ do not depend on what else is in the batch. Copy this file alone: it needs torch
 Letters: B images, n candidates, L tokens, P states of the captioner's vision, D their width, V vocabulary.
 """
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -267,8 +268,8 @@ def resolve(name, table, kind, cached=False):
     if old:
         # a pipeline may have both kinds: None takes safetensors where a part has them
         options["use_safetensors"] = None if (place / "model_index.json").exists() else False
-        print(f"{kind} {str(name)!r}: no safetensors of {', '.join(old)}; read through torch's restricted loader",
-              file=sys.stderr)
+        print(f"{kind} {str(name)!r}: no safetensors in {', '.join(map(str, old))}; its .bin is read through torch's "
+              "restricted loader", file=sys.stderr)
     return str(place), options | ({} if place.is_file() else {"trust_remote_code": False})
 
 
@@ -285,17 +286,17 @@ def needed(names):
 def fetch(repo, what, cached=False):
     """The folder of a hub repository in the hub's own cache, after fetching what is missing; how much is said before.
     Where the hub can't be had, what the cache holds will do, if it is whole. Raises OSError with the cause."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
     failure = None
     try:
         if cached:
             raise FileNotFoundError(f"{repo} is not in the hub's cache, and nothing is fetched unasked")
-        info = HfApi().model_info(repo, timeout=10)
-        wanted = needed([x.rfilename for x in info.siblings])
-        plan = snapshot_download(repo, revision=info.sha, allow_patterns=wanted, dry_run=True)
-        size = sum(x.file_size for x in plan if x.will_download)
+        commit = HfApi().model_info(repo, timeout=10).sha
+        sizes = {x.path: getattr(x, "size", 0) for x in HfApi().list_repo_tree(repo, revision=commit, recursive=True)}
+        wanted = needed(list(sizes))
+        size = sum(sizes[n] for n in wanted if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str))
         if size:
-            print(f"{what}: fetching {size / 1e6:,.0f} MB of {repo} into {constants.HF_HUB_CACHE}", file=sys.stderr)
+            print(f"{what}: fetching {size / 1e6:,.1f} MB of {repo} into {constants.HF_HUB_CACHE}", file=sys.stderr)
         folder = Path(snapshot_download(repo, allow_patterns=wanted))
     except Exception as e:                                   # the clients below have no common class of errors
         failure = e
@@ -348,7 +349,7 @@ def check_weights(folder):
         for file in files:
             check_file(file)
         if files[0].suffix == ".bin":
-            old.append(part.name if index.exists() else files[0].name)
+            old.append(part)
     return old
 
 
@@ -375,6 +376,7 @@ def record(folder):
         if before.get(repo, commit) != commit:
             raise ValueError(f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: choose "
                              "another --out, or give the folder of the older snapshot in the hub's cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if before | REVISIONS != before:
         path.with_suffix(".new").write_text(json.dumps(before | REVISIONS, indent=2) + "\n")
         os.replace(path.with_suffix(".new"), path)
@@ -460,10 +462,11 @@ def loading(name, kind):
 def adopt(checkpoint, captioner=None, generator=None):
     """Puts the trained weights of a checkpoint of finetune.py (a .safetensors file, or its folder) into the models.
 
-    Its tensors are named captioner.* and generator.*, as in the models' own state. Raises ValueError where they do
-    not fit, and changes nothing then.
+    Its tensors are named captioner.* and generator.*, as in the models' own state; those of a side
+    that is not given are left out. Raises ValueError where they do not fit, or where there are none
+    of either side, and changes nothing then.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
@@ -471,22 +474,39 @@ def adopt(checkpoint, captioner=None, generator=None):
         tensors = load_file(path)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of finetune.py") from e
+    if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
+        raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
+                         "or generator.*; give the --out of finetune.py")
     moves = []
-    for side, model in (("captioner", captioner and captioner.model), ("generator", generator and generator.unet)):
+    for side, speaker, part in (("captioner", captioner, "model"), ("generator", generator, "unet")):
+        model = getattr(speaker, part, None)
         own = dict(model.named_parameters()) if model is not None else {}
-        for key in [k for k in tensors if model is not None and k.startswith(side + ".")]:
+        for key in [k for k in tensors if speaker is not None and k.startswith(side + ".")]:
             name = key.partition(".")[2]
             if name not in own or own[name].shape != tensors[key].shape:
                 raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this {side}: name the "
                                  "models it was trained from")
             moves.append((own[name], tensors[key]))
+    side = trained_side(path)
     for parameter, value in moves:
         parameter.data.copy_(value)
-    with safe_open(path, "pt") as f:
-        side = json.loads((f.metadata() or {}).get("header", "{}")).get("settings", {}).get("side")
     if side and captioner is not None:
         captioner.side = side                                # it goes on seeing what it was trained to see
     return len(moves)
+
+
+def trained_side(path):
+    """The --side of a checkpoint's header, None where it has none."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("header", "{}")
+    try:
+        side = json.loads(text).get("settings", {}).get("side")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"--ckpt {path}: its header is not one of finetune.py") from e
+    if side is not None and type(side) is not int:
+        raise ValueError(f"--ckpt {path}: its header says --side {side!r}: it is a number")
+    return side
 
 
 def tiny_vae(name, generator):
@@ -522,7 +542,6 @@ class Reading:
 class Captioner:
     """A BLIP or BLIP-2 (decoder-only) checkpoint that describes images. Weights frozen, in eval mode."""
     space = ""                                   # between prompt and caption, where a tokenizer keeps spaces
-    unsaid = ()                                  # ids that are no words: never sampled, never in a beam
 
     @classmethod
     def load(cls, name="miniature", device=None, dtype=None):
@@ -551,6 +570,9 @@ class Captioner:
         self.side = None                                     # pixels a side, where other than the processor says
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
         self.begin()
+        # ids that are no words, such as [DEC], [ENC] and <image>: never sampled, never in a beam
+        image = [i for word, i in self.tokenizer.get_added_vocab().items() if word == "<image>"]
+        self.unsaid = [*range(len(self.tokenizer), len(self.head.weight)), *image]
 
     def begin(self):
         """The ids of begin, prompt, end and padding. BLIP's tokenizer lacks [DEC], which begins its captions."""
@@ -562,15 +584,16 @@ class Captioner:
 
     def save(self, folder):
         """As a stock directory: from_pretrained of the model and of AutoProcessor read it."""
-        self.model.save_pretrained(folder)
+        processor = copy.deepcopy(self.processor)
         if self.side:
-            self.processor.size = {"height": self.side, "width": self.side}
-        self.processor.save_pretrained(folder)
-        self.stock_processor().save_pretrained(folder)
+            processor.size = {"height": self.side, "width": self.side}
+        processor.save_pretrained(folder)
+        self.stock_processor(processor).save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
         from transformers import BlipProcessor
-        return BlipProcessor(self.processor, self.tokenizer)
+        return BlipProcessor(processor, self.tokenizer)
 
     # pixels and tokens in
     def pixels(self, images):
@@ -672,7 +695,6 @@ class Captioner:
         live = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         for step in range(length[1] - len(self.prompt)):
             logits = self.head(hidden[:, -1]).float()                                                     # (B n, V)
-            logits[:, len(self.tokenizer):] = -torch.inf                       # [DEC] and [ENC] are never said
             logits[:, self.unsaid] = -torch.inf
             if ids.shape[1] < length[0]:
                 logits[:, self.end] = -torch.inf
@@ -696,7 +718,7 @@ class Captioner:
 
     def searching(self, n, length):
         return {"num_beams": max(3, n), "num_return_sequences": n, "do_sample": False, "eos_token_id": self.end,
-                "pad_token_id": self.pad, "suppress_tokens": list(self.unsaid) or None,
+                "pad_token_id": self.pad, "suppress_tokens": self.unsaid or None,
                 "min_new_tokens": max(0, length[0] - len(self.prompt)),
                 "max_new_tokens": length[1] - len(self.prompt)}
 
@@ -715,11 +737,15 @@ class Captioner2(Captioner):
         self.decoder = self.model.language_model
         self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
         self.head = self.decoder.get_output_embeddings()
-        self.unsaid = [i for w, i in self.tokenizer.get_added_vocab().items() if w == "<image>"]
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
+        """The stock model puts the picture where the prompt has num_query_tokens times <image>: without that number it
+        answers without having looked. Older clones have no such token yet: it gets one."""
         from transformers import Blip2Processor
-        return Blip2Processor(self.processor, self.tokenizer, num_query_tokens=self.model.config.num_query_tokens)
+        config = self.model.config
+        stock = Blip2Processor(processor, copy.deepcopy(self.tokenizer), num_query_tokens=config.num_query_tokens)
+        config.image_token_index = stock.tokenizer.convert_tokens_to_ids("<image>")
+        return stock
 
     def look(self, images):
         pixels, own = self.pixels(images), self.model.config.vision_config.image_size
