@@ -173,7 +173,7 @@ def wrong(name, row, weights, ready):
         found += [f"{PARAMETERS[name]} parameters expected"]
     if name in PARAMETERS:
         written = float(ready.read_text())
-        if not math.isclose(weights, written, rel_tol=1e-6 if whole else 1e-3):
+        if not math.isclose(weights, written, rel_tol=1e-9 if whole else 1e-3):
             found += [f"sum of |weight| {weights}, {written} was written"]
     if not math.isfinite(row.get("score", 0)) or row.get("caption") == "":
         found += ["nothing was said"]
