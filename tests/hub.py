@@ -2,7 +2,7 @@
 
     hub = Hub(folder)                                # serves folder/OWNER/NAME/... at hub.address
     hub.faults["OWNER/NAME"] = Fault("drop", files="safetensors", size=1000, times=2)
-    hub.log, hub.fetched()                           # all that was asked, "GET /path"; the files that were sent
+    hub.log, hub.fetched()              # all that was asked, "GET /path" or "GET /path from 1000"; the files asked for
 """
 import hashlib
 import json
@@ -40,10 +40,10 @@ class Hub(ThreadingHTTPServer):
         """A client that hangs up is no error here."""
 
     def fetched(self, repo=None):
-        """owner/name/file of each file of which something was sent; of one repository, file."""
+        """owner/name/file of each file that was asked for; of one repository, file."""
         found = set()
         for line in self.log:
-            m = re.fullmatch(r"GET /([^/]+/[^/]+)/resolve/[^/]+/(.+)", line)
+            m = re.fullmatch(r"GET /([^/]+/[^/]+)/resolve/[^/]+/(\S+)( from \d+)?", line)
             if m and repo in (None, m[1]):
                 found.add(m[2] if repo else f"{m[1]}/{m[2]}")
         return found
@@ -72,16 +72,19 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        self.server.log.append(f"{self.command} {path}")
+        part = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        self.server.log.append(f"{self.command} {path}" + (f" from {part[1]}" if part else ""))
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         repo = (info or file or [None, ""])[1]
         if not repo or not (self.server.root / repo).is_dir():
             return self.refuse(401, "RepoNotFound", "Repository not found")
         sha = hashlib.sha1(repo.encode()).hexdigest()
-        if info and (info[2] or "").split("/")[1:] not in ([], ["revision", "main"], ["revision", sha],
-                                                           ["tree", "main"], ["tree", sha]):
+        what, revision, *under = ((info[2] if info else None) or "/revision/main")[1:].split("/")
+        if what not in ("revision", "tree") or revision not in ("main", sha):
             return self.refuse(404, "RevisionNotFound", "no such revision")
+        if under:
+            return self.refuse(404, "EntryNotFound", "no such folder")
         fault = self.fault(repo, file and file[3])
         if fault and fault.kind in ("gated", "refused"):
             text = f"Access to model {repo} is restricted and you are not in the authorized list."
@@ -91,8 +94,8 @@ class Answer(BaseHTTPRequestHandler):
         if fault and fault.kind != "drop":
             return self.answer(fault.kind, {"error": "as the fault says"})
         if file:
-            return self.file(self.server.root / repo / file[3], sha, fault)
-        return self.facts(repo, sha, (info[2] or "").startswith("/tree"))
+            return self.file(self.server.root / repo / file[3], sha, part, fault)
+        return self.facts(repo, sha, what == "tree")
 
     def fault(self, repo, file):
         """What is to fail now, and one time less of it."""
@@ -120,19 +123,18 @@ class Answer(BaseHTTPRequestHandler):
         return self.answer(200, {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": False, "gated": False,
                                  "tags": [], "siblings": rows, "lastModified": "2025-02-03T06:45:16.000Z"})
 
-    def file(self, path, sha, fault):
+    def file(self, path, sha, part, fault):
         if not path.is_file():
             return self.answer(404, b"Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         body, size = path.read_bytes(), path.stat().st_size
         known = {"X_Repo_Commit": sha, "ETag": f'"{etag(path)}"', "Accept_Ranges": "bytes"}
-        start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if start:
-            start = int(start[1])
+        if part:
+            start = int(part[1])
             known["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
             body = body[start:]
         if fault:                                    # a drop
             known["Content_Length"], body, self.close_connection = len(body), body[:fault.size], True
-        return self.answer(206 if start is not None else 200, body, **known)
+        return self.answer(206 if part else 200, body, **known)
 
 
 def etag(path):
