@@ -472,7 +472,7 @@ def doorbell(argv=None):
             if not Path(x).is_dir() and str(x).count("/") != 1:
                 raise ValueError(f"{x} is neither a directory nor a hub id (owner/name): give a tokenizer's")
         from transformers import AutoTokenizer
-        tokenizers = [AutoTokenizer.from_pretrained(x) for x in (args.source, args.target)]
+        tokenizers = [AutoTokenizer.from_pretrained(x, trust_remote_code=False) for x in (args.source, args.target)]
         print("\n".join(slots(args.sentence, *tokenizers) + measure(args.chunk)))
     except (ValueError, OSError) as e:
         return print(f"bridge.py: {' '.join(str(e).split())}", file=sys.stderr) or 2

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,14 +241,159 @@ def chance(*key):
 
 
 # ---------------------------------------------------------------- loading
-def resolve(name, table, kind):
-    """(path or hub id, keyword arguments of from_pretrained) of a name; a hub id only where it can be nothing else."""
+# What the hub's clients call weights: no half-precision copies, single-file checkpoints or other frameworks.
+WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+TEXTS = (".json", ".txt", ".model", ".jinja")
+REVISIONS = {}                                   # hub id -> commit, of all that this process has opened
+
+
+def resolve(name, table, kind, cached=False):
+    """(folder, keyword arguments of from_pretrained) of a name; a hub id only where it can be nothing else.
+
+    The hub is asked here and nowhere else; what comes back is a folder on this machine. Weights are safetensors, or
+    where there are none .bin, which torch's restricted loader reads (said in a line). cached: only what the hub's cache
+    already holds. Raises ValueError, one line with cause and remedy.
+    """
     place = Path(table.get(name, name))
-    if place.exists():
-        return str(place), {"local_files_only": True, "use_safetensors": True}
-    if name == "miniature" or str(place).count("/") != 1 or place.is_absolute() or str(place)[0] == ".":
-        raise ValueError(f"{kind} {str(name)!r} is none of {', '.join(table)}, no directory and no hub id (owner/name)")
-    return place.as_posix(), {"use_safetensors": True}
+    try:
+        if not place.exists():
+            if name == "miniature" or str(place).count("/") != 1 or place.is_absolute() or str(place)[0] == ".":
+                raise ValueError(f"it is none of {', '.join(table)}, no directory and no hub id (owner/name)")
+            place = fetch(place.as_posix(), f"{kind} {str(name)!r}", cached)
+        old = [] if place.is_file() else check_weights(place)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{kind} {str(name)!r}: {e}") from e
+    options = {"local_files_only": True, "use_safetensors": True}
+    if old:
+        # a pipeline may have both kinds: None takes safetensors where a part has them
+        options["use_safetensors"] = None if (place / "model_index.json").exists() else False
+        print(f"{kind} {str(name)!r}: no safetensors in {', '.join(map(str, old))}; its .bin is read through torch's "
+              "restricted loader", file=sys.stderr)
+    return str(place), options | ({} if place.is_file() else {"trust_remote_code": False})
+
+
+def needed(names):
+    """Of a repository's file names those a model is loaded from: configurations, vocabularies, and each folder's
+    weights, its .bin only where it has no safetensors. No code, no safety checker."""
+    names = [n for n in names if not n.startswith("safety_checker/")]
+    weights = [n for n in names if WEIGHTS.fullmatch(Path(n).name)]
+    safe = {Path(n).parent for n in weights if n.endswith(".safetensors")}
+    weights = [n for n in weights if n.endswith(".safetensors") or Path(n).parent not in safe]
+    return [n for n in names if n.endswith(TEXTS)] + weights
+
+
+def fetch(repo, what, cached=False):
+    """The folder of a hub repository in the hub's own cache, after fetching what is missing; how much is said before.
+    Where the hub can't be had, what the cache holds will do, if it is whole. Raises OSError with the cause."""
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    failure = None
+    try:
+        if cached:
+            raise FileNotFoundError(f"{repo} is not in the hub's cache, and nothing is fetched unasked")
+        commit = HfApi().model_info(repo, timeout=10).sha
+        sizes = {x.path: getattr(x, "size", 0) for x in HfApi().list_repo_tree(repo, revision=commit, recursive=True)}
+        wanted = needed(list(sizes))
+        size = sum(sizes[n] for n in wanted if not isinstance(try_to_load_from_cache(repo, n, revision=commit), str))
+        if size:
+            print(f"{what}: fetching {size / 1e6:,.1f} MB of {repo} into {constants.HF_HUB_CACHE}", file=sys.stderr)
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
+    except Exception as e:                                   # the clients below have no common class of errors
+        failure = e
+    if failure is not None:
+        try:
+            folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+            check_weights(folder)
+        except (OSError, ValueError):
+            raise OSError(cause(failure, repo)) from failure
+        if not (cached or constants.HF_HUB_OFFLINE):
+            print(f"{what}: as the cache has it; {cause(failure, repo)}", file=sys.stderr)
+    REVISIONS[repo] = folder.name
+    return folder
+
+
+def cause(error, repo):
+    """Why the hub gave nothing, and the remedy, in a sentence."""
+    from huggingface_hub import constants, errors
+    at, status = f"{constants.ENDPOINT}/{repo}", getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access at {at}, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no {at}, or it is private: look at its name, or `hf auth login`"
+    if constants.HF_HUB_OFFLINE:
+        return (f"{repo} is not whole in the hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set: unset "
+                "it to fetch, or give a folder")
+    if status == 429:
+        return "the hub takes no more requests for a while (429): wait some minutes, or `hf auth login`"
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, FileNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return text
+    return f"{at} could not be fetched ({type(error).__name__}: {text}); what came is kept: run this again"
+
+
+def check_weights(folder):
+    """Which parts of a model's folder have their weights as .bin alone. Raises OSError where a part has none, or a file
+    is cut or only a pointer to one: the libraries' own words for these name no file."""
+    index, parts, old = folder / "model_index.json", [folder], []
+    if index.exists():
+        parts = [folder / k for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0]]
+        parts = [p for p in parts if (p / "config.json").exists() and p.name != "safety_checker"]
+    for part in parts:
+        files = [part / n for n in needed(sorted(os.listdir(part))) if WEIGHTS.fullmatch(n)]
+        if not files:
+            raise FileNotFoundError(f"{part} has no weights (model.safetensors, or pytorch_model.bin)")
+        for shards in part.glob(f"*{files[0].suffix}.index.json"):
+            for name in sorted(set(json.loads(shards.read_text())["weight_map"].values())):
+                if not (part / name).exists() and WEIGHTS.fullmatch(name):
+                    raise FileNotFoundError(f"{part / name} is missing, which {shards.name} names")
+        for file in files:
+            check_file(file)
+        if files[0].suffix == ".bin":
+            old.append(part)
+    return old
+
+
+def check_file(path):
+    """Raises OSError where a weight file is a pointer of git-lfs, or a safetensors file is not whole."""
+    from safetensors import SafetensorError, safe_open
+    with open(path, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise OSError(f"{path} is a git-lfs pointer, not the weights: `git lfs pull`, or `hf download`")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as e:
+            raise OSError(f"{path} is not a whole safetensors file ({e}): delete it and fetch it again") from e
+
+
+def record(folder):
+    """Writes beside a run's settings the commit of each hub repository in it. Raises ValueError where the run was begun
+    with another commit, whose results would be mixed with these."""
+    path = Path(folder) / "revisions.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    for repo, commit in REVISIONS.items():
+        if before.get(repo, commit) != commit:
+            raise ValueError(f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: choose "
+                             "another --out, or give the folder of the older snapshot in the hub's cache")
+    if before | REVISIONS != before:
+        path.with_suffix(".new").write_text(json.dumps(before | REVISIONS, indent=2) + "\n")
+        os.replace(path.with_suffix(".new"), path)
+
+
+def judges_of(*names):
+    """The default --judges beside these captioners and generators: the miniature's beside its captioner; the hub's
+    where one comes from the hub; else, as two local models never reach for the network, what the cache holds."""
+    if names[0] == "miniature":
+        return "miniature"
+    local = [Path({**CAPTIONERS, **GENERATORS}.get(name, name)).exists() or ".py:" in name for name in names]
+    return "cache" if all(local) else "hub"
+
+
+def one_thread(name):
+    """The miniature runs on one thread a process: its tensors are too small to share, and on a busy machine threads
+    that wait for each other take ten times as long. OMP_NUM_THREADS rules; other models keep torch's own choice."""
+    if name == "miniature" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def settle(device=None, dtype=None):
@@ -298,18 +444,17 @@ def brought(name, *args):
 
 @contextlib.contextmanager
 def loading(name, kind):
-    """Turns the libraries' many ways to fail into one line that names the model and the remedy."""
-    from huggingface_hub.utils import logging as hub
+    """Turns the libraries' many ways to fail into one line that names the model."""
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    hub.set_verbosity_error()                                # it reports each of many retries; the last error is enough
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ImportError) as e:
+    except Exception as e:                                   # of no common class
         reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{kind} {str(name)!r} could not be loaded ({reason}); give a directory with safetensors "
-                         "weights, or a hub id while the hub can be reached") from e
+        if "torchvision" in reason:
+            reason = f"torchvision does not fit this torch: uninstall it, nothing here needs it ({reason[-160:]})"
+        raise ValueError(f"{kind} {str(name)!r} could not be loaded: {reason}") from e
 
 
 def adopt(checkpoint, captioner=None, generator=None):
@@ -340,7 +485,7 @@ def adopt(checkpoint, captioner=None, generator=None):
     with safe_open(path, "pt") as f:
         side = json.loads((f.metadata() or {}).get("header", "{}")).get("settings", {}).get("side")
     if side and captioner is not None:
-        captioner.size = (side, side)                        # it goes on seeing what it was trained to see
+        captioner.side = side                                # it goes on seeing what it was trained to see
     return len(moves)
 
 
@@ -351,7 +496,7 @@ def tiny_vae(name, generator):
     place, options = resolve(name, {"tiny": tiny}, "decoder")
     with loading(name, "decoder"):
         from diffusers import AutoencoderTiny
-        vae = AutoencoderTiny.from_pretrained(place, dtype=generator.dtype, low_cpu_mem_usage=False, **options)
+        vae = AutoencoderTiny.from_pretrained(place, dtype=generator.dtype, **options)
     if vae.config.latent_channels != generator.vae.config.latent_channels:
         raise ValueError(f"decoder {str(name)!r} reads {vae.config.latent_channels} latent channels, the generator has "
                          f"{generator.vae.config.latent_channels}")
@@ -387,29 +532,27 @@ class Captioner:
         place, options = resolve(name, CAPTIONERS, "captioner")
         with loading(name, "captioner"):
             import transformers as hf
-            from transformers.utils import cached_file
-            kinds = {"blip": (hf.BlipForConditionalGeneration, cls),
-                     "blip-2": (hf.Blip2ForConditionalGeneration, Captioner2)}
-            kind = hf.AutoConfig.from_pretrained(place).model_type
-            if kind not in kinds:
-                raise ValueError(f"captioner {str(name)!r} is a {kind} model: BLIP and BLIP-2 are known here, "
-                                 "another comes in as file.py:name")
-            model, wrapper = kinds[kind]
-            model = model.from_pretrained(place, dtype=dtype, **options)
-            tokenizer = hf.AutoTokenizer.from_pretrained(place)
-            try:
-                processor = json.loads(Path(cached_file(place, "preprocessor_config.json")).read_text())
-            except OSError:                                  # as transformers 5 saves a processor
-                processor = json.loads(Path(cached_file(place, "processor_config.json")).read_text())["image_processor"]
-        return wrapper(model.to(device), tokenizer, processor)
+            local = {"local_files_only": True, "trust_remote_code": False}
+            kind = hf.AutoConfig.from_pretrained(place, **local).model_type
+        kinds = {"blip": ("BlipForConditionalGeneration", cls), "blip-2": ("Blip2ForConditionalGeneration", Captioner2)}
+        if kind not in kinds:
+            raise ValueError(f"captioner {str(name)!r} is a {kind} model: BLIP and BLIP-2 are known here, "
+                             "another comes in as file.py:name")
+        with loading(name, "captioner"):
+            model = getattr(hf, kinds[kind][0]).from_pretrained(place, dtype=dtype, **options)
+            tokenizer = hf.AutoTokenizer.from_pretrained(place, **local)
+            processor = hf.AutoImageProcessor.from_pretrained(place, **local)
+        return kinds[kind][1](model.to(device), tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.device, self.dtype, self.processor = model.device, model.dtype, processor
-        size = processor["size"]
-        self.size = (size["height"], size["width"]) if "height" in size else (size["shortest_edge"],) * 2
-        self.mean, self.std = (torch.tensor(processor[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
+        self.side = None                                     # pixels a side, where other than the processor says
+        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in (processor.image_mean, processor.image_std))
         self.begin()
+        # ids that are no words, such as [DEC], [ENC] and <image>: never sampled, never in a beam
+        image = [i for word, i in self.tokenizer.get_added_vocab().items() if word == "<image>"]
+        self.unsaid = [*range(len(self.tokenizer), len(self.head.weight)), *image]
 
     def begin(self):
         """The ids of begin, prompt, end and padding. BLIP's tokenizer lacks [DEC], which begins its captions."""
@@ -420,22 +563,45 @@ class Captioner:
         self.head = self.decoder.get_output_embeddings()
 
     def save(self, folder):
-        """As a stock directory: from_pretrained of the model, of AutoTokenizer and of AutoProcessor read it. (A BLIP-2
-        of another size than its vision's own wants interpolate_pos_encoding=True of the library.)"""
+        """As a stock directory: from_pretrained of the model and of AutoProcessor read it."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        processor = self.processor | {"size": dict(zip(("height", "width"), self.size))}
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        if self.side:
+            self.processor.size = {"height": self.side, "width": self.side}
+        self.processor.save_pretrained(folder)
+        self.stock_processor().save_pretrained(folder)
+
+    def stock_processor(self):
+        from transformers import BlipProcessor
+        return BlipProcessor(self.processor, self.tokenizer)
 
     # pixels and tokens in
     def pixels(self, images):
-        """Images as the model sees them: (B, 3, S, S), resized and normalised as the library's processor does, but
+        """Images as the model sees them: (B, 3, S, S), resized, cut and normalised as the library's processor does, but
         differentiable: values are clamped to [0, 1], gradients pass (a clamp stops them where a picture saturates)."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        x = torch.cat([F.interpolate(x[None].to(self.device, wide), self.size, mode="bicubic", antialias=True)
-                       for x in images])                                                          # (B, 3, S, S)
+        x = torch.stack([self.resized(x.to(self.device, wide)) for x in images])                  # (B, 3, S, S)
         x = x + (x.clamp(0, 1) - x).detach()
         return ((x - self.mean.to(x)) / self.std.to(x)).to(self.dtype)
+
+    def resized(self, image):
+        """One image (3, H, W) in the size that the processor's `size` and `crop_size` say, or in self.side."""
+        view, (h, w) = self.processor, image.shape[-2:]
+        size = view.size
+        if self.side:
+            goal = self.side, self.side
+        elif size.height and size.width:
+            goal = size.height, size.width
+        elif size.shortest_edge and not size.longest_edge:
+            goal = tuple(int(size.shortest_edge * s / min(h, w)) for s in (h, w))
+        else:
+            raise ValueError(f"a captioner's size {size} is not known: height and width, or shortest_edge")
+        mode = {2: "bilinear", 3: "bicubic"}.get(int(view.resample), "bicubic")
+        if getattr(view, "do_resize", True):
+            image = F.interpolate(image[None], goal, mode=mode, antialias=True)[0]
+        if getattr(view, "do_center_crop", False) and not self.side:
+            top, left = ((s - c) // 2 for s, c in zip(goal, (view.crop_size.height, view.crop_size.width)))
+            image = image[:, top:top + view.crop_size.height, left:left + view.crop_size.width]
+        return image
 
     def look(self, images):
         """Vision, once per image: (B, P, D), what the decoder attends to."""
@@ -508,7 +674,7 @@ class Captioner:
         live = torch.ones(len(ids), dtype=torch.bool, device=self.device)
         for step in range(length[1] - len(self.prompt)):
             logits = self.head(hidden[:, -1]).float()                                                     # (B n, V)
-            logits[:, len(self.tokenizer):] = -torch.inf                       # [DEC] and [ENC] are never said
+            logits[:, self.unsaid] = -torch.inf
             if ids.shape[1] < length[0]:
                 logits[:, self.end] = -torch.inf
             for w in warpers:
@@ -531,7 +697,8 @@ class Captioner:
 
     def searching(self, n, length):
         return {"num_beams": max(3, n), "num_return_sequences": n, "do_sample": False, "eos_token_id": self.end,
-                "pad_token_id": self.pad, "min_new_tokens": max(0, length[0] - len(self.prompt)),
+                "pad_token_id": self.pad, "suppress_tokens": self.unsaid or None,
+                "min_new_tokens": max(0, length[0] - len(self.prompt)),
                 "max_new_tokens": length[1] - len(self.prompt)}
 
 
@@ -549,6 +716,10 @@ class Captioner2(Captioner):
         self.decoder = self.model.language_model
         self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
         self.head = self.decoder.get_output_embeddings()
+
+    def stock_processor(self):
+        from transformers import Blip2Processor
+        return Blip2Processor(self.processor, self.tokenizer, num_query_tokens=self.model.config.num_query_tokens)
 
     def look(self, images):
         pixels, own = self.pixels(images), self.model.config.vision_config.image_size
@@ -591,8 +762,8 @@ class Generator:
             if place.endswith(".safetensors"):
                 pipe = StableDiffusionPipeline.from_single_file(place, dtype=dtype, local_files_only=True)
             else:
-                pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, low_cpu_mem_usage=False, **options,
-                                                         safety_checker=None, requires_safety_checker=False)
+                pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, **options, safety_checker=None,
+                                                         requires_safety_checker=False)
         return cls(pipe.to(device))
 
     def __init__(self, pipe):

@@ -42,7 +42,8 @@ def flags(argv=None):
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
     p.add_argument("--batch", type=int, help="items at once; default 40, or 10 of real models")
-    p.add_argument("--judges", help="miniature, hub, none, or a folder with clip, dino, sbert; follows --captioner")
+    p.add_argument("--judges", help="miniature, hub, cache (of the hub's, what was fetched before), none, or a folder "
+                   "with clip, dino, sbert; default the models' own: cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for WMD")
     p.add_argument("--inception", help="Inception weights for FID and IS; default torch-fidelity's own")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
@@ -59,7 +60,7 @@ def flags(argv=None):
     args = p.parse_args(argv)
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
-    args.judges = args.judges or ("none" if args.score else "miniature" if small else "hub")
+    args.judges = args.judges or ("none" if args.score else None)
     args.batch = args.batch or (40 if small else 10)
     args.data = args.data or ("miniature" if small else None)
     if args.score and not args.refs or args.labelfree and not (args.images and args.captions):
@@ -81,7 +82,7 @@ def caption_scores(candidates, references, domains, args, metrics, need=CAPTIONS
     except metrics.Unavailable as e:
         notes.append(f"no SPICE: {e}")
     judges = metrics.likenesses(["clip", "sbert", "wmd"] if args.judges != "none" else ["wmd"], "text", args.judges,
-                                args.device, glove=args.glove)
+                                args.device, glove=args.glove, resolve=args.resolve)
     notes += [f"no {name.upper()}: {reason}" for name, reason in judges.absent.items()]
     notes += ["no CLIP, no SBERT: name --judges hub, or a folder"] if args.judges == "none" else []
     for name, f in judges.pairs.items():                       # the mean over references; WMD is a distance
@@ -126,7 +127,7 @@ def picture_scores(drawn, real, domains, args, data, metrics):
     import numpy as np
     notes, features, cosine = [], {}, {}
     for name in ("clip", "dino"):
-        judge = metrics.likenesses([name], "image", args.judges, args.device)
+        judge = metrics.likenesses([name], "image", args.judges, args.device, resolve=args.resolve)
         if judge.absent:
             notes.append(f"no {name.upper()}: {judge.absent[name]}")
             continue
@@ -198,6 +199,7 @@ def work(args, items, data, cycle, torch):
     generator = cycle.Generator.load(args.generator, args.device, args.dtype) if "images" in todo else None
     if args.ckpt:
         cycle.adopt(args.ckpt, captioner, generator)
+    cycle.record(args.out)
     bad = 0
     for direction in todo:
         mine = [x for x in items[rank::world] if x.name not in done[direction]]
@@ -357,14 +359,15 @@ def findings(args, data, metrics):
     notes, quality = [], {}
     if direction == "image-text-image":
         df = metrics.document_frequency([x.captions for x in items.values()])
-        judges = metrics.likenesses(["clip", "sbert", "wmd"], "text", args.judges, args.device, glove=args.glove)
+        judges = metrics.likenesses(["clip", "sbert", "wmd"], "text", args.judges, args.device, glove=args.glove,
+                                    resolve=args.resolve)
         quality["CIDEr"] = np.stack([100 * metrics.cider([r["caption"] for r in g], [items[k].captions] * len(g), df)
                                      for k, g in groups.items()])
         for name, f in judges.pairs.items():
             quality[name.upper()] = np.stack([[f([r["caption"]] * len(items[k].captions), items[k].captions).mean()
                                                for r in g] for k, g in groups.items()])
     else:
-        judges = metrics.likenesses(["clip", "dino"], "image", args.judges, args.device)
+        judges = metrics.likenesses(["clip", "dino"], "image", args.judges, args.device, resolve=args.resolve)
         for name, f in judges.pairs.items():
             quality[name.upper()] = np.stack([[f(data.open_image(args.findings / r["picture"])[None], data.open_image(
                 items[k].path)[None])[0] for r in g] for k, g in groups.items()])
@@ -449,6 +452,9 @@ def main(args):
     import data
     import metrics
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cycle.one_thread(args.captioner)
+    args.judges = args.judges or cycle.judges_of(args.captioner, args.generator)
+    args.resolve = cycle.resolve
     if args.score:
         results, notes = score(args, metrics)
     elif args.labelfree:
@@ -495,10 +501,11 @@ def main(args):
             if args.ci:
                 notes.append("the intervals of FID and FD-DINO are of resampled pictures, whose repeats raise both: "
                              "read their width, not their place")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+                if v is not None and k != "resolve"}
     text = report(results)
     args.out.mkdir(parents=True, exist_ok=True)
-    whole = results | {"notes": notes, "settings": settings}
+    whole = results | {"notes": notes, "settings": settings, "revisions": cycle.REVISIONS}
     (args.out / "results.json").write_text(json.dumps(whole, indent=1).replace("NaN", "null") + "\n")
     (args.out / "table.txt").write_text(text + "\n")
     print(text)

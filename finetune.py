@@ -336,6 +336,7 @@ def main(args):
     if args.export:
         return export(args, cycle)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cycle.one_thread(args.captioner)
     device, dtype = cycle.settle(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                                 # float16 would want its losses scaled
@@ -360,7 +361,7 @@ def main(args):
     if args.side:
         if not isinstance(captioner, cycle.Captioner2):
             raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")
-        captioner.size = (args.side, args.side)
+        captioner.side = args.side
     trained = unfreeze(captioner, generator, args)
     adam = torch.optim.AdamW([{"params": [p for k, p in trained.items() if k.startswith(side)], "lr": lr}
                               for side, lr in (("captioner", args.lr[0]), ("generator", args.lr[-1]))])
@@ -371,6 +372,8 @@ def main(args):
     decode = None
     if args.decoder != "exact" and "tr" in args.losses:
         decode = cycle.tiny_decoder(args.decoder, generator)
+    args.out.mkdir(parents=True, exist_ok=True)
+    cycle.record(args.out)
     latents = Latents(args.cache, samples, generator, args.generator, rank, world)
     held, weights = held_out(args, samples, data, drawn), dict(zip(args.losses, args.weights))
     if world > 1:

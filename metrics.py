@@ -244,12 +244,13 @@ class Likenesses:
     clipscore: object = None
 
 
-def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=None):
+def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=None, resolve=None):
     """The likenesses called `names` of images or of text. What can't be had here is in `absent`, the rest works.
 
     kind: "image" (clip, dino, pixel, inception) or "text" (clip, sbert, cider, wmd). judges: "hub" (the paper's
-    encoders), "miniature", or a folder that holds clip/, dino/, sbert/. references: lists of captions, whose document
-    frequency weighs cider.
+    encoders), "cache" (those of them that were fetched before), "miniature", or a folder that holds clip/, dino/,
+    sbert/. references: lists of captions, whose document frequency weighs cider. resolve: (name, table, kind, cached)
+    -> (place, options of from_pretrained), as cycle.resolve; without it the libraries fetch by themselves.
     Raises ValueError for an unknown name.
     """
     out = Likenesses()
@@ -257,35 +258,34 @@ def likenesses(names, kind, judges="hub", device="cpu", references=(), glove=Non
     for name in names:
         if name not in NAMES[kind]:
             raise ValueError(f"--likeness {name!r} is unknown for {kind}s: choose among {', '.join(NAMES[kind])}")
-
-        def encoder(name=name, towers=(kind,)):
-            return Encoder(name, HUB[name] if judges == "hub" else str(root / name), towers, device)
         try:
             if name == "pixel":
                 out.pairs[name] = pixel
             elif name == "cider":
                 if len(references) < 2:
-                    out.absent[name] = "it needs the document frequency of a set of references; give --data"
-                    continue
+                    raise Unavailable("it needs the document frequency of a set of references; give --data")
                 df = document_frequency(references)
                 out.pairs[name] = lambda a, b, df=df: cider(a, [[x] for x in b], df)
             elif name == "wmd":
                 if not glove:
-                    out.absent[name] = "it needs word vectors; give --glove glove.6B.200d.txt"
-                    continue
+                    raise Unavailable("it needs word vectors; give --glove glove.6B.200d.txt")
                 out.pairs[name] = functools.partial(movers, glove)
             elif name == "inception":
                 out.pairs[name] = inception(device)
             else:
-                made = encoder(towers=("image", "text") if name == "clip" else (kind,))
+                place, options = HUB[name] if judges in ("hub", "cache") else str(root / name), None
+                if resolve:
+                    place, options = resolve(place, {}, "judge", judges == "cache")
+                made = Encoder(name, place, ("image", "text") if name == "clip" else (kind,), device, options)
                 out.pairs[name] = functools.partial(made.alike, kind)
                 out.clipscore = made.score if name == "clip" else out.clipscore
         except Unavailable as e:
             out.absent[name] = str(e)
-        except (OSError, KeyError, RuntimeError) as e:
-            where = HUB[name] if judges == "hub" else root / name
-            reason = " ".join(str(e).split())[:160]
-            out.absent[name] = f"{where} could not be loaded ({reason}); give --judges a folder with it"
+        except Exception as e:                                   # of the libraries: of no common class
+            reason = " ".join(str(e).split())[:300]
+            out.absent[name] = f"{reason}; --judges takes a folder with {name}/"
+            if "torchvision" in reason:
+                out.absent[name] = "torchvision does not fit this torch: uninstall it, nothing here needs it"
     return out
 
 
@@ -339,56 +339,35 @@ def movers(glove, a, b):
 class Encoder:
     """CLIP, DINO or SBERT of transformers, pooled as the paper's experiments have it; embeddings are unit vectors."""
 
-    def __init__(self, name, place, towers, device="cpu"):
-        """name: clip, dino, sbert; place: directory or hub id; towers: what to encode, "image", "text" or both."""
+    def __init__(self, name, place, towers, device="cpu", options=None):
+        """name: clip, dino, sbert; place: directory or hub id; towers: what to encode, "image", "text" or both;
+        options: of from_pretrained."""
         import transformers
-        from huggingface_hub.utils import logging as hub
-        from transformers.utils import cached_file, logging
+        from transformers.utils import logging
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        hub.set_verbosity_error()
-        local = {"local_files_only": True} if Path(place).is_dir() else {}
-        if not local and (place.count("/") != 1 or place[0] in "./"):
-            raise OSError("no such directory")
+        options = options or {"use_safetensors": True, "trust_remote_code": False}
+        own = {k: v for k, v in options.items() if k != "use_safetensors"}
         kind = {"clip": transformers.CLIPModel, "dino": transformers.ViTModel, "sbert": transformers.BertModel}[name]
         extra = {} if name == "clip" else {"add_pooling_layer": False}
-        model = kind.from_pretrained(place, use_safetensors=True, **local, **extra)
+        model = kind.from_pretrained(place, **options, **extra)
         self.name, self.model = name, model.float().eval().requires_grad_(False).to(device or "cpu")
         if "text" in towers:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **own)
         if "image" in towers:
-            try:
-                self.view = json.loads(Path(cached_file(place, "preprocessor_config.json", **local)).read_text())
-            except OSError:                                      # as transformers 5 saves a processor
-                whole = json.loads(Path(cached_file(place, "processor_config.json", **local)).read_text())
-                self.view = whole["image_processor"]
+            self.processor = transformers.AutoImageProcessor.from_pretrained(place, **own)
+            if name == "dino" and self.processor.size.height >= 224:        # the paper's; less is the miniature's
+                own["size"] = {"height": 384, "width": 384}
+                self.processor = transformers.AutoImageProcessor.from_pretrained(place, **own)
 
     def pixels(self, images):
-        """Images resized, cut and normalised as the processor does: (B, 3, S, S). DINO's S is 384, the paper's, or
-        smaller where the checkpoint was trained on less."""
-        import torch
-        import torch.nn.functional as F
-        size = self.view["size"]
-        if not isinstance(size, dict):                           # of openai/clip-vit-base-patch32: the shorter side
-            size = {"shortest_edge": size} if self.name == "clip" else {"height": size, "width": size}
-        x, (h, w) = images, images.shape[-2:]
-        if self.name == "dino":
-            side = 384 if size.get("height", 224) >= 224 else size["height"]
-            goal = (side, side)
-        elif "shortest_edge" in size:
-            scale = size["shortest_edge"] / min(h, w)
-            goal = tuple(int(s * scale) if s > min(h, w) else size["shortest_edge"] for s in (h, w))
-        else:
-            goal = (size["height"], size["width"])
-        if goal != (h, w):
-            x = F.interpolate(x.float(), goal, mode="bicubic", antialias=True).clamp(0, 1)
-        crop = self.view.get("crop_size") if self.name == "clip" else None
-        if crop:
-            side = crop["height"] if isinstance(crop, dict) else crop
-            top, left = ((s - side) // 2 for s in goal)
-            x = x[..., top:top + side, left:left + side]
-        mean, std = (torch.tensor(self.view[k]).view(3, 1, 1) for k in ("image_mean", "image_std"))
-        return ((x - mean.to(x)) / std.to(x)).to(self.model.device)
+        """Images resized, cut and normalised by the library's processor: (B, 3, S, S). What has the right size already
+        keeps its values between the 8 bits of a resize."""
+        size = self.processor.size
+        goal = (size.height, size.width) if size.height else (size.shortest_edge,) * 2
+        out = self.processor(list(images.float().cpu().numpy()), do_resize=goal != tuple(images.shape[-2:]),
+                             do_rescale=False, input_data_format="channels_first", return_tensors="pt")
+        return out["pixel_values"].to(self.model.device)
 
     def images(self, images):
         """Images (B, 3, H, W) -> unit vectors (B, D): CLIP's pooled vision state before the projection, DINO's CLS."""

@@ -294,7 +294,7 @@ def make_unet(out, work, steps):
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     images, _, texts = pool("all", work)
-    vae = AutoencoderKL.from_pretrained(out / "sd" / "vae", dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = AutoencoderKL.from_pretrained(out / "sd" / "vae", dtype=torch.float32)
     vae = vae.to(images.device)
     tokenizer = CLIPTokenizer.from_pretrained(out / "sd" / "tokenizer")
     if not (work / "latents.safetensors").exists():

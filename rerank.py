@@ -55,7 +55,8 @@ def flags(argv=None):
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*", help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
     p.add_argument("--by", help="the likeness that ranks; default the first of --likeness that is available")
-    p.add_argument("--judges", help="miniature, hub, or a folder with clip, dino, sbert; follows --captioner")
+    p.add_argument("--judges", help="miniature, hub, cache (of the hub's, what was fetched before), or a folder with "
+                   "clip, dino, sbert; default the models' own: cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for wmd")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
     p.add_argument("--batch", type=int, help="pictures drawn at once (memory, speed); default 40, or 10 of real models")
@@ -66,7 +67,6 @@ def flags(argv=None):
     args = p.parse_args(argv)
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
-    args.judges = args.judges or ("miniature" if small else "hub")
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
     args.steps = (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
@@ -516,6 +516,26 @@ def speakers(args, cycle):
     return captioner, generator
 
 
+def judges_for(args, direction, wanted, cycle, data, metrics, rank):
+    """The likenesses that are to be had. What is missing of the default ones costs a line, what was asked for by name
+    is refused."""
+    references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
+    judges = metrics.likenesses(wanted, "image" if direction == IMAGE else "text", args.judges,
+                                cycle.settle(args.device)[0], references, args.glove, cycle.resolve)
+    for name, reason in judges.absent.items():
+        if name in (args.likeness or ()) or name == args.by:
+            raise ValueError(f"--{'by' if name == args.by else 'likeness'} {name}: {reason}")
+        if rank == 0:
+            print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
+    if not judges.pairs and args.scorer != "denoise":
+        raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs nothing")
+    known = [*judges.pairs, "likelihood"] + ["clipscore"] * bool(judges.clipscore) + ["denoise"] * (
+        args.scorer == "denoise")
+    if args.by and args.by not in known:
+        raise ValueError(f"--by {args.by}: this run has {', '.join(known)}")
+    return judges
+
+
 def main(args):
     import torch
     import torch.distributed as dist
@@ -530,28 +550,22 @@ def main(args):
     args.split = args.split or (data.evaluated(args.data) if args.data not in (None, "miniature") else "test")
     direction, items = gather(args, data)
     decide(args, direction)
+    cycle.one_thread(args.captioner)
+    args.judges = args.judges or cycle.judges_of(args.captioner, args.generator)
     if args.out is None and place(args, direction).name != "rerank" and rank == 0:
         print(f"rerank.py: out/rerank holds a run of other settings; this one is in {args.out}", file=sys.stderr)
     if world > 1:
         dist.barrier()                                          # nothing is written before all know where
-    device = cycle.settle(args.device)[0]
-
-    # judges: what is not to be had here costs one line, never the run
-    references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
-    judges = metrics.likenesses(args.likeness or DEFAULTS[direction], "image" if direction == IMAGE else "text",
-                                args.judges, device, references, args.glove)
-    for name, reason in judges.absent.items():
-        if rank == 0:
-            print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
-    if not judges.pairs and args.scorer != "denoise":
-        raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs nothing")
     settings, done = resume(args, direction)
-    path = args.out / "candidates.jsonl"
+    path, mine = args.out / "candidates.jsonl", [x for x in items[rank::world] if x.name not in done]
+    wanted = args.likeness or DEFAULTS[direction]
+    if mine:                                                    # models before judges: the real cause comes first
+        captioner, generator = speakers(args, cycle)
+        judges = judges_for(args, direction, wanted, cycle, data, metrics, rank)
+        args.out.mkdir(parents=True, exist_ok=True)
+        cycle.record(args.out)
 
     # the conversations, some items at a time; what is finished is on disk
-    mine = [x for x in items[rank::world] if x.name not in done]
-    if mine:
-        captioner, generator = speakers(args, cycle)
     skipped, chunk, both = [], max(1, args.batch // args.n), {x.name for x in items[:args.agree]}
     bar = tqdm(total=len(mine), desc=f"{direction}, N = {args.n}", disable=not mine or rank > 0)
     for start in range(0, len(mine), chunk):
@@ -592,7 +606,7 @@ def main(args):
     if not groups:
         raise ValueError(f"none of the {len(items)} pictures could be read")
     names = list(dict.fromkeys(k for rows in groups.values() for k in rows[0]["scores"]))
-    by = args.by or ("denoise" if args.scorer == "denoise" else next(k for k in names if k in judges.pairs))
+    by = args.by or ("denoise" if args.scorer == "denoise" else next(k for k in wanted if k in names))
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     finish(path, [r for k in dict.fromkeys([*groups, *done]) for r in ranked(done[k])])
