@@ -2,7 +2,7 @@
 
     hub = Hub(folder)                                # serves folder/OWNER/NAME/... at hub.address
     hub.faults["OWNER/NAME"] = Fault("drop", files="safetensors", size=1000, times=2)
-    hub.log, hub.fetched()              # all that was asked, "GET /path" or "GET /path from 1000"; the files asked for
+    hub.log, hub.fetched()    # all that was asked, "GET /path" or "GET /path from 1000"; the files asked for
 """
 import hashlib
 import json
@@ -18,8 +18,8 @@ LARGE = (".bin", ".safetensors", ".h5", ".msgpack", ".ot", ".onnx")
 
 @dataclass
 class Fault:
-    """kind: gated (who has no token), refused (whose token has no access), missing, drop (the connection ends after
-    `size` bytes of a file), or a status of HTTP. files: a regular expression of names; "" is everything, the
+    """kind: gated (who has no token), refused (whose token has no access), missing, drop (the connection ends before
+    byte `size` of a file), or a status of HTTP. files: a regular expression of names; "" is everything, the
     repository's page of facts as well. times: how often, after which all is well."""
     kind: str | int
     files: str = ""
@@ -69,6 +69,11 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.do_GET()
+
+    def do_CONNECT(self):
+        """As somebody's proxy: who asks for another host is written down and turned away."""
+        self.server.log.append(f"CONNECT {self.path}")
+        self.answer(502)
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -133,7 +138,8 @@ class Answer(BaseHTTPRequestHandler):
             known["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
             body = body[start:]
         if fault:                                    # a drop
-            known["Content_Length"], body, self.close_connection = len(body), body[:fault.size], True
+            known["Content_Length"], self.close_connection = len(body), True
+            body = body[:max(0, fault.size - (size - len(body)))]
         return self.answer(206 if part else 200, body, **known)
 
 
