@@ -279,6 +279,20 @@ def test_a_download_that_always_breaks_off_keeps_what_came(hub, monkeypatch):
     assert hub.fetched() == {f"{BLIP2}/model-00002-of-00002.safetensors"}
 
 
+@pytest.mark.parametrize("name, file", [(BLIP2, "tokenizer.json"), (VITL, "vocab.txt"), (SD14, "unet/config.json"),
+                                        (VITL, "preprocessor_config.json")])
+def test_half_a_model_is_not_taken_for_a_whole_one(hub, monkeypatch, name, file):
+    """All weights came, a small file did not: the libraries would make up what it says."""
+    load_it = generator if name == SD14 else captioner
+    hub.faults[name] = Fault(500, f"^{file}$")
+    refused(lambda: load_it(name), f"{hub.address}/{name}")
+    told(monkeypatch, HF_HUB_OFFLINE=True)
+    refused(lambda: load_it(name), name, "HF_HUB_OFFLINE")
+    told(monkeypatch, HF_HUB_OFFLINE=False)
+    hub.faults.clear()
+    load_it(name)
+
+
 def test_a_download_that_breaks_off_twice_goes_on_by_itself(hub, monkeypatch):
     """From where it stopped."""
     told(monkeypatch, DOWNLOAD_CHUNK_SIZE=10_000)
