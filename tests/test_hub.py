@@ -185,7 +185,7 @@ def test_safetensors_are_preferred_in_a_folder_too(tmp_path, layouts):
     captioner(tmp_path / "vitl")
 
 
-@pytest.mark.parametrize("kind", ["blip", "canary"])
+@pytest.mark.parametrize("kind", ["blip", "no-such-model"])
 @pytest.mark.parametrize("where", ["hub", "folder"])
 def test_code_beside_a_model_is_never_run(hub, tmp_path, layouts, monkeypatch, where, kind):
     """Nor is anybody asked whether it may be, nor is it fetched."""
