@@ -11,6 +11,7 @@ do not depend on what else is in the batch. Copy this file alone: it needs torch
 Letters: B images, n candidates, L tokens, P states of the captioner's vision, D their width, V vocabulary.
 """
 import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
@@ -375,6 +376,7 @@ def record(folder):
         if before.get(repo, commit) != commit:
             raise ValueError(f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: choose "
                              "another --out, or give the folder of the older snapshot in the hub's cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if before | REVISIONS != before:
         path.with_suffix(".new").write_text(json.dumps(before | REVISIONS, indent=2) + "\n")
         os.replace(path.with_suffix(".new"), path)
@@ -460,10 +462,11 @@ def loading(name, kind):
 def adopt(checkpoint, captioner=None, generator=None):
     """Puts the trained weights of a checkpoint of finetune.py (a .safetensors file, or its folder) into the models.
 
-    Its tensors are named captioner.* and generator.*, as in the models' own state. Raises ValueError where they do
-    not fit, and changes nothing then.
+    Its tensors are named captioner.* and generator.*, as in the models' own state; those of a side
+    that is not given are left out. Raises ValueError where they do not fit, or where there are none
+    of either side, and changes nothing then.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
@@ -471,22 +474,40 @@ def adopt(checkpoint, captioner=None, generator=None):
         tensors = load_file(path)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of finetune.py") from e
+    if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
+        raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
+                         "or generator.*; give the --out of finetune.py")
     moves = []
-    for side, model in (("captioner", captioner and captioner.model), ("generator", generator and generator.unet)):
+    sides = ("captioner", captioner, "model"), ("generator", generator, "unet")
+    for side, speaker, part in sides:
+        model = getattr(speaker, part, None)
         own = dict(model.named_parameters()) if model is not None else {}
-        for key in [k for k in tensors if model is not None and k.startswith(side + ".")]:
+        for key in [k for k in tensors if speaker is not None and k.startswith(side + ".")]:
             name = key.partition(".")[2]
             if name not in own or own[name].shape != tensors[key].shape:
                 raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this {side}: name the "
                                  "models it was trained from")
             moves.append((own[name], tensors[key]))
+    side = trained_side(path)
     for parameter, value in moves:
         parameter.data.copy_(value)
-    with safe_open(path, "pt") as f:
-        side = json.loads((f.metadata() or {}).get("header", "{}")).get("settings", {}).get("side")
     if side and captioner is not None:
         captioner.side = side                                # it goes on seeing what it was trained to see
     return len(moves)
+
+
+def trained_side(path):
+    """The --side of a checkpoint's header, None where it has none."""
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("header", "{}")
+    try:
+        side = json.loads(text).get("settings", {}).get("side")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"--ckpt {path}: its header is not one of finetune.py") from e
+    if side is not None and type(side) is not int:
+        raise ValueError(f"--ckpt {path}: its header says --side {side!r}: it is a number")
+    return side
 
 
 def tiny_vae(name, generator):
@@ -564,15 +585,16 @@ class Captioner:
 
     def save(self, folder):
         """As a stock directory: from_pretrained of the model and of AutoProcessor read it."""
-        self.model.save_pretrained(folder)
+        processor = copy.deepcopy(self.processor)
         if self.side:
-            self.processor.size = {"height": self.side, "width": self.side}
-        self.processor.save_pretrained(folder)
-        self.stock_processor().save_pretrained(folder)
+            processor.size = {"height": self.side, "width": self.side}
+        processor.save_pretrained(folder)
+        self.stock_processor(processor).save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
         from transformers import BlipProcessor
-        return BlipProcessor(self.processor, self.tokenizer)
+        return BlipProcessor(processor, self.tokenizer)
 
     # pixels and tokens in
     def pixels(self, images):
@@ -717,9 +739,14 @@ class Captioner2(Captioner):
         self.limit = text.max_position_embeddings - self.model.config.num_query_tokens
         self.head = self.decoder.get_output_embeddings()
 
-    def stock_processor(self):
+    def stock_processor(self, processor):
+        """The stock model puts the picture where the prompt has num_query_tokens times <image>: without that number it
+        answers without having looked. Older clones have no such token yet: it gets one."""
         from transformers import Blip2Processor
-        return Blip2Processor(self.processor, self.tokenizer, num_query_tokens=self.model.config.num_query_tokens)
+        config = self.model.config
+        stock = Blip2Processor(processor, copy.deepcopy(self.tokenizer), num_query_tokens=config.num_query_tokens)
+        config.image_token_index = stock.tokenizer.convert_tokens_to_ids("<image>")
+        return stock
 
     def look(self, images):
         pixels, own = self.pixels(images), self.model.config.vision_config.image_size

@@ -154,6 +154,14 @@ def picture_scores(drawn, real, domains, args, data, metrics):
     return by_domain(domains, row), notes
 
 
+def readable(inception, metrics):
+    """Refuses an --inception that can't be read before anything is drawn, not after."""
+    try:
+        metrics.inception_weights(inception)
+    except metrics.Unavailable as e:
+        raise ValueError(f"--inception {e}") from e
+
+
 # ---------------------------------------------------------------- the work
 def items_of(args, data):
     """The items of --data and --split, at most --limit of each domain."""
@@ -467,6 +475,8 @@ def main(args):
         if world > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))      # the others wait for the slowest
         items = items_of(args, data)
+        if args.inception and args.only != "captions":
+            readable(args.inception, metrics)
         bad = work(args, items, data, cycle, torch)
         if world > 1:
             dist.barrier()

@@ -11,12 +11,20 @@
 Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings and step in its header),
 checkpoint.json (the same header to read), log.jsonl (a line a step). Which sample, caption, timestep and noise a step
 gets is a function of (seed, step, sample): the number of processes, --micro and a resume change nothing.
+
+--resume and --export take the settings of the checkpoint, which somebody else may have written. So
+they take over numbers, switches and built-in names alone: of models miniature, vitb, vitl, blip2,
+sd14; of decoders exact and tiny; of data the miniature; of --split and --own a split. Any other
+folder, file or hub id is said and not followed until the command line names it, and the line that
+says so has the command to type. Code, file.py:function, runs by the command line alone.
 """
 import argparse
 import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,8 +34,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LOSSES = ("tg", "ir", "ig", "tr")
 # what a resumed run must share with the one it continues; all the rest is speed, memory and places
-TRAINING = ("captioner", "generator", "data", "split", "own", "losses", "weights", "unfreeze", "bridge", "temperature",
-            "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed", "dtype", "side")
+TRAINING = ("captioner", "generator", "data", "split", "losses", "weights", "unfreeze", "bridge",
+            "temperature", "batch", "lr", "clip", "steps", "epochs", "tmax", "thin", "decoder", "seed",
+            "dtype", "side")
 SPLITS = ("train", "all", "restval", "val", "test", "in", "near", "out", "nocaps")
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
@@ -67,12 +76,68 @@ def flags(argv=None):
     p.add_argument("--held", type=int, default=64, help="val samples, with human captions, whose losses are taken with "
                    "each checkpoint")
     p.add_argument("--out", type=Path, default=Path("out/finetune"), help="folder for what comes out")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in "
+                   "--out, with its settings; its folders and hub ids are to be named again")
     p.add_argument("--export", type=Path, metavar="DIR", help="no training: write --out's models as stock directories")
     first = p.parse_known_args(argv)[0]
-    if first.resume or first.export:
-        p.set_defaults(**header(first.out)["settings"])
-    return complete(p, p.parse_args(argv))
+    if not (first.resume or first.export):
+        return complete(p, p.parse_args(argv))
+    settings = header(first.out)["settings"]
+    proper(p, settings, first.out)
+    unsaid = foreign(settings, ("captioner", "generator") if first.export else None)
+    p.set_defaults(**settings | dict.fromkeys(unsaid))
+    args = p.parse_args(argv)
+    unsaid = {k: v for k, v in unsaid.items() if getattr(args, k) is None}
+    if unsaid:
+        ask(unsaid, first.out, sys.argv[1:] if argv is None else argv)
+    return args if args.export else complete(p, args)
+
+
+def proper(p, settings, out):
+    """Refuses settings of a checkpoint that no run of ours could have had."""
+    known = {a.dest: a for a in p._actions if a.dest not in (*PLACES, "help")}
+    kinds = {None: (str,), Path: (str,), int: (int,), float: (int, float)}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{out}: its settings have {key[:80]!r}, which is none of ours")
+        action, values = known[key], value if isinstance(value, list) else [value]
+        if value is None and action.default is None:
+            continue
+        kind = (bool,) if action.nargs == 0 else kinds[action.type]
+        fits = isinstance(value, list) == (action.nargs in ("+", 2)) and len(values) > 0
+        fits = fits and (action.nargs != 2 or len(values) == 2)
+        fits = fits and all(type(x) in kind and x in (action.choices or [x]) for x in values)
+        if not fits or any(isinstance(x, str) and not x.isprintable() for x in values):
+            raise ValueError(f"{out}: its settings have --{key} {repr(value)[:80]}, "
+                             "which cannot be")
+    lacking = [k for k in ("captioner", "generator", "data") if settings.get(k) is None]
+    if lacking:
+        raise ValueError(f"{out}: its settings have no {', '.join(lacking)}")
+
+
+def foreign(settings, keys=None):
+    """{flag: value} of the settings that lead out of this program: folder, file, hub id, code."""
+    import cycle
+    own = {"captioner": cycle.CAPTIONERS, "generator": cycle.GENERATORS, "data": ("miniature",),
+           "split": SPLITS, "own": SPLITS, "decoder": ("exact", "tiny"), "cache": ()}
+    return {k: settings[k] for k in keys or own
+            if settings.get(k) is not None and settings[k] not in own[k]}
+
+
+def spelled(some):
+    return " ".join(f"--{k} {shlex.quote(v)}" for k, v in some.items())
+
+
+def ask(unsaid, out, argv):
+    """Says what a checkpoint names and the command line does not. Code has to be typed by hand."""
+    said = spelled(unsaid)
+    code = [v for k, v in unsaid.items() if k in ("captioner", "generator") and ".py:" in v]
+    if code:
+        raise ValueError(f"{out} was trained with {said}: {code[0]} is code. It runs only where "
+                         "the command line names it; do so if you know what it does")
+    raise ValueError(f"{out} was trained with {said}: what a file names is not followed unasked. "
+                     "Say the same, or where it lies now: "
+                     f"python finetune.py {shlex.join(argv)} {said}")
 
 
 def complete(p, args):
@@ -262,9 +327,20 @@ def header(out):
     path = out / "checkpoint.safetensors"
     try:
         with safe_open(path, "pt") as f:
-            return json.loads(f.metadata()["header"])
-    except (OSError, SafetensorError, TypeError, KeyError) as e:
+            about = json.loads(f.metadata()["header"])
+        kinds = [type(about[k]) for k in ("step", "data", "settings")]
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path}: no checkpoint to go on from ({type(e).__name__}); give --out its folder") from e
+    if kinds != [int, str, dict] or about["step"] < 0:
+        raise ValueError(f"{path}: no checkpoint to go on from (its header is not ours); give "
+                         "--out its folder")
+    return about
+
+
+def plain(args):
+    """The settings of a run that its checkpoint keeps."""
+    return {k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items() if k not in PLACES}
 
 
 def save(args, samples, step, trained, adam):
@@ -275,7 +351,7 @@ def save(args, samples, step, trained, adam):
     from safetensors.torch import save_file
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     about = {"step": step, "data": samples.name + samples.beside,
-             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in PLACES},
+             "settings": plain(args),
              "versions": {m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
              "commit": git.stdout.strip() or None}
     tensors = dict(trained)
@@ -301,17 +377,29 @@ def restore(args, samples, trained, adam):
     about = header(args.out)
     was = about["settings"] | {"data": about["data"]}
     now = {k: getattr(args, k) for k in TRAINING} | {"data": samples.name + samples.beside}
-    other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items()
-             if was.get(k) != v and k not in ("steps", "epochs")]
+    alike = {k: was.get(k) == v for k, v in now.items()}
+    alike |= {"steps": True, "epochs": True, "data": sets(was["data"]) == sets(now["data"])}
+    other = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if not alike[k]]
     if other:
         raise ValueError(f"--resume: {args.out} was trained otherwise ({'; '.join(other)}): choose another --out")
     saved = load_file(args.out / "checkpoint.safetensors")
+    kinds = ("", "adam.exp_avg.", "adam.exp_avg_sq.") if about["step"] else ("",)
+    for name, p in trained.items():
+        for key in (kind + name for kind in kinds):
+            if key not in saved or saved[key].shape != p.shape:
+                raise ValueError(f"--resume: {args.out} has no {key} {tuple(p.shape)}: it is not a "
+                                 "checkpoint of these models")
     for name, p in trained.items():
         p.data.copy_(saved[name])
         if about["step"]:
             adam.state[p] = {"step": torch.tensor(float(about["step"]))} | {
                 k: saved[f"adam.{k}.{name}"].to(p) for k in ("exp_avg", "exp_avg_sq")}
     return about["step"]
+
+
+def sets(name):
+    """What Samples.name says of each set but its place: the same pictures may lie elsewhere."""
+    return re.findall(r"/([^/]+: \d+ pictures(?:, [0-9a-f]{16})?)(?=; own words of |$)", name)
 
 
 def export(args, cycle):
@@ -372,7 +460,6 @@ def main(args):
     decode = None
     if args.decoder != "exact" and "tr" in args.losses:
         decode = cycle.tiny_decoder(args.decoder, generator)
-    args.out.mkdir(parents=True, exist_ok=True)
     cycle.record(args.out)
     latents = Latents(args.cache, samples, generator, args.generator, rank, world)
     held, weights = held_out(args, samples, data, drawn), dict(zip(args.losses, args.weights))
@@ -517,8 +604,9 @@ def train(args, samples, trained, adam, gradients, measure, start, total):
         for s, f in before.items():
             signal.signal(s, f)
     if rank == 0:
+        again = " ".join(["--resume", spelled(foreign(plain(args)))]).strip()
         print(f"finetune.py: step {done} is in {args.out}/checkpoint.safetensors, every step in {path}"
-              + (f"; stopped before {total}: --resume goes on" if done < total else ""))
+              + (f"; stopped before {total}: {again} goes on" if done < total else ""))
         if first:
             print(f"finetune.py: {args.held} held-out samples, step {start} -> {done}: "
                   + ", ".join(f"{k} {first[k]:.4f} -> {last[k]:.4f}" for k in first))

@@ -10,12 +10,14 @@
 Captions are str, images float (B, 3, H, W) in [0, 1]. Pooling and distances are those of the paper's experiments.
 Copy this file alone: it needs numpy and scipy, and for the encoders torch and transformers.
 """
+import contextlib
 import functools
 import json
 import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
        "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
 NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert", "cider", "wmd")}
+
+REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
 
 
 # ---------------------------------------------------------------- words
@@ -309,17 +313,29 @@ def inception(device):
 
 
 def fidelity(device=None, weights=None):
-    """A function: images (B, 3, H, W) -> features (B, 2048), logits (B, 1008) of the Inception v3 of FID and IS, by
-    torch-fidelity. weights: a local copy of its weights. Raises Unavailable."""
+    """A function: images (B, 3, H, W) -> features (B, 2048), logits (B, 1008) of the Inception v3
+    of FID and IS, by torch-fidelity. weights: a local copy of its weights. Raises Unavailable.
+
+    torch-fidelity unpickles whatever it is given, code and all. So what it is given is a file of
+    our own, into which the tensors of `inception_weights` were written.
+    """
     import torch
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        options = {"feature_extractor_weights_path": weights} if weights else {}
-        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **options)
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs
     except ImportError as e:
         raise Unavailable(f"{e.name} is not installed: pip install torch-fidelity") from e
+    tensors = inception_weights(weights or theirs.URL_INCEPTION_V3)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours = str(Path(folder) / "inception.pth")
+            torch.save(tensors, ours)
+            extractor = theirs.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=ours)
     except (OSError, RuntimeError) as e:
-        raise Unavailable(f"Inception's weights could not be had ({str(e)[:100]}): give --inception a file") from e
+        reason = " ".join(str(e).split())[:100]
+        raise Unavailable(f"{weights or 'what was downloaded'} is not torch-fidelity's Inception "
+                          f"({reason}): {REMEDY}") from e
     extractor = extractor.to(device or "cpu").eval()
 
     def see(x):
@@ -327,6 +343,31 @@ def fidelity(device=None, weights=None):
             out = extractor((x.clamp(0, 1) * 255).round().byte().to(device or "cpu"))
         return [y.cpu().double().numpy() for y in out]
     return see
+
+
+def inception_weights(source):
+    """{name: tensor} of a file, or of an address, by readers that run no code: safetensors, or
+    torch's restricted unpickler. Raises Unavailable in one line."""
+    import torch
+    from safetensors.torch import load_file
+    source = str(source)
+    try:
+        if source.startswith("https://"):
+            with contextlib.redirect_stdout(sys.stderr):
+                found = torch.hub.load_state_dict_from_url(source, map_location="cpu",
+                                                           weights_only=True)
+        elif source.endswith(".safetensors"):
+            found = load_file(source)
+        else:
+            found = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as e:                       # of foreign bytes a reader may raise anything
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else type(e).__name__
+        raise Unavailable(f"{source} could not be read as plain tensors ({reason}): "
+                          f"{REMEDY}") from e
+    plain = isinstance(found, dict) and all(isinstance(x, torch.Tensor) for x in found.values())
+    if not plain or not found:
+        raise Unavailable(f"{source} holds other things than tensors by name: {REMEDY}")
+    return found
 
 
 def movers(glove, a, b):

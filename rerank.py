@@ -67,6 +67,7 @@ def flags(argv=None):
     args = p.parse_args(argv)
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
+    args.judges = args.judges or ("miniature" if small else None)
     args.batch = 40 if args.batch is None and small else 10 if args.batch is None else args.batch
     args.data = args.data or ("miniature" if small else None)
     args.steps = (8 if args.scorer == "few" else 50) if args.steps is None else args.steps
@@ -562,7 +563,6 @@ def main(args):
     if mine:                                                    # models before judges: the real cause comes first
         captioner, generator = speakers(args, cycle)
         judges = judges_for(args, direction, wanted, cycle, data, metrics, rank)
-        args.out.mkdir(parents=True, exist_ok=True)
         cycle.record(args.out)
 
     # the conversations, some items at a time; what is finished is on disk

@@ -22,10 +22,10 @@ def test_pixels_equal_the_processors(captioner):
     from PIL import Image
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
     rng = np.random.default_rng(0)
-    keep = captioner.size
+    keep = captioner.side
     try:
         for side, shape in ((384, (480, 640)), (32, (50, 41)), (384, (100, 90)), (32, (32, 32))):
-            captioner.size = (side, side)
+            captioner.side = side
             smooth = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
             smooth = smooth.resize(shape[::-1], Image.BICUBIC)
             ours = captioner.pixels(torch.from_numpy(np.asarray(smooth).copy()).permute(2, 0, 1)[None] / 255)
@@ -33,7 +33,7 @@ def test_pixels_equal_the_processors(captioner):
             theirs = processor(smooth, return_tensors="pt").pixel_values
             assert (ours - theirs).abs().max() * .2758 < 2.5 / 255
     finally:
-        captioner.size = keep
+        captioner.side = keep
 
 
 def test_pixels_pass_gradients_where_the_picture_saturates(captioner):
@@ -268,14 +268,14 @@ def test_every_process_has_its_own_gpu(monkeypatch):
 def test_a_captioner_is_read_as_it_was_saved(captioner, tmp_path):
     """Its size of picture too; and from a processor as transformers 5 saves it."""
     other = cycle.Captioner(captioner.model, captioner.tokenizer, captioner.processor)
-    other.size = (16, 16)
+    other.side = 16
     other.save(tmp_path)
-    assert cycle.Captioner.load(tmp_path, "cpu").size == (16, 16)
+    assert cycle.Captioner.load(tmp_path, "cpu").pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16)
     own = tmp_path / "preprocessor_config.json"
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
     own.unlink()
     found = cycle.Captioner.load(tmp_path, "cpu")
-    assert found.size == (16, 16) and torch.equal(found.mean, captioner.mean)
+    assert found.pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16) and torch.equal(found.mean, captioner.mean)
 
 
 # ---------------------------------------------------------------- the conversations

@@ -43,6 +43,17 @@ def test_rows_of_both_tables(whole):
     assert "CIDEr" in text and "near" in text and "FD-DINO" in text
 
 
+def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
+    import cycle
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    loaded = []
+    monkeypatch.setattr(cycle.Generator, "load", lambda *a: loaded.append(a))
+    argv = ["--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth"]
+    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain tensor"):
+        run(tmp_path / "out", *argv)
+    assert not loaded and not (tmp_path / "out").exists()
+
+
 def test_a_domain_is_the_mean_of_its_items(whole):
     """One document frequency over all; BLEU anew for each subset."""
     out, results = whole

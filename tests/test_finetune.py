@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bridge
 import cycle
@@ -162,6 +164,146 @@ def test_what_cannot_be_is_told(whole, tmp_path, capsys):
         with pytest.raises(SystemExit):
             finetune.flags(argv)
         assert len(capsys.readouterr().err.splitlines()[-1]) > 40
+
+
+# ---------------------------------------------------------------- what somebody else wrote
+def reheaded(whole, folder, settings):
+    """A copy of the checkpoint whose header has other settings: what a download may hold."""
+    about = finetune.header(whole[0])
+    about["settings"] |= settings
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(whole[1], folder / "checkpoint.safetensors", {"header": json.dumps(about)})
+    return folder
+
+
+def refused(capfd, out, *argv):
+    """The one line of the script as it is called, exit code 2."""
+    code = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *QUICK, "--out", str(out),
+                           *map(str, argv)]).returncode
+    err = capfd.readouterr().err
+    assert code == 2 and len(err.splitlines()) == 1, err
+    return err
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """(file.py:function, the canary that is there once that code has run)."""
+    canary = tmp_path / "canary"
+    (tmp_path / "evil.py").write_text(f"open({str(canary)!r}, 'w')\ndef load(*_): raise OSError\n")
+    return f"{tmp_path}/evil.py:load", canary
+
+
+@pytest.mark.parametrize("side", ["captioner", "generator"])
+def test_a_header_runs_no_code(whole, tmp_path, evil, side, capfd):
+    name, canary = evil
+    out = reheaded(whole, tmp_path / "out", {side: name})
+    for argv in (["--resume"], ["--export", tmp_path / "stock"]):
+        err = refused(capfd, out, *argv)
+        assert f"--{side} {name}" in err and "It runs only where the command line names it" in err
+    assert not canary.exists() and not (tmp_path / "stock").exists()
+    argv = ["--out", str(out), "--export", str(tmp_path / "stock"), f"--{side}", name]
+    with pytest.raises(OSError):                                 # it sings where it is asked to
+        finetune.main(finetune.flags(argv))
+    assert canary.exists()
+
+
+def test_a_header_opens_no_place(whole, tmp_path):
+    """Neither folder, nor hub id, nor a split that is a path; export asks for the models alone."""
+    places = {"captioner": "some/body", "generator": "/some/dir", "data": "a b/$(id)",
+              "own": "/own", "decoder": "some/tiny", "cache": "/kept", "split": "../../x"}
+    out = reheaded(whole, tmp_path / "all", places)
+    with pytest.raises(ValueError, match="not followed unasked") as e:
+        finetune.flags(["--resume", "--out", str(out)])
+    typed = shlex.split(str(e.value).partition("python finetune.py ")[2])
+    assert typed[:3] == ["--resume", "--out", str(out)]
+    assert dict(zip(typed[3::2], typed[4::2])) == {f"--{k}": v for k, v in places.items()}
+    with pytest.raises(ValueError, match="not followed unasked") as e:
+        finetune.flags(["--export", "x", "--out", str(out)])
+    assert "some/body" in str(e.value) and "/some/dir" in str(e.value)
+    assert "/kept" not in str(e.value)
+    args = finetune.flags(["--export", "x", "--out", str(out), "--captioner", "mine",
+                           "--generator", "miniature"])
+    assert (args.captioner, args.generator) == ("mine", "miniature")
+    for key, value in places.items():
+        one = reheaded(whole, tmp_path / key, {key: value})
+        with pytest.raises(ValueError, match=f"trained with --{key} "):
+            finetune.flags(["--resume", "--out", str(one)])
+
+
+@pytest.mark.parametrize("settings", [
+    {"export": "/tmp/x"}, {"out": "/tmp/x"}, {"device": "cpu"}, {"func": "x"},
+    {"captioner": ["miniature"]}, {"captioner": None}, {"data": "a\x1b[2Jb"}, {"batch": "4"},
+    {"batch": True}, {"lr": 1.0}, {"lr": []}, {"losses": ["tg", "xx"]}, {"losses": "tg"},
+    {"unfreeze": ["q"]}, {"checkpointing": 1}, {"cache": 1}, {"own": {}}, {"bridge": "other"},
+    {"seed": None}])
+def test_settings_that_cannot_be(whole, tmp_path, settings):
+    out = reheaded(whole, tmp_path, settings)
+    for argv in (["--resume"], ["--export", "x"]):
+        with pytest.raises(ValueError, match="its settings have") as e:
+            finetune.flags([*argv, "--out", str(out)])
+        assert str(e.value).isprintable()
+
+
+def test_a_header_that_is_none(whole, tmp_path):
+    for text in ("{", "[]", "{}", "3", '{"step": "1", "data": "", "settings": {}}'):
+        save_file(whole[1], tmp_path / "checkpoint.safetensors", {"header": text})
+        with pytest.raises(ValueError, match="no checkpoint to go on from"):
+            finetune.flags(["--resume", "--out", str(tmp_path)])
+    for text in ("{", "[]", '{"settings": {"side": "x"}}', '{"settings": 3}'):
+        save_file(whole[1], tmp_path / "checkpoint.safetensors", {"header": text})
+        with pytest.raises(ValueError, match="its header"):
+            cycle.adopt(tmp_path)
+
+
+def test_a_run_of_a_folder_goes_on_where_it_is_named(tmp_path):
+    """The set may have moved, another one is refused; latents lie where the command line says."""
+    first, moved = tmp_path / "set", tmp_path / "elsewhere"
+    for folder in (first, moved):
+        shutil.copytree(ROOT / "miniature/data/near", folder)
+        rows = [json.dumps({"file_name": p.name, "text": "a ball"})
+                for p in sorted(folder.glob("*.png"))]
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+    argv = ["--data", first, "--own", first]
+    tensors = run(tmp_path / "whole", *argv, "--steps", 2)
+    run(tmp_path / "out", *argv, "--steps", 1, "--cache", tmp_path / "latents")
+    with pytest.raises(ValueError, match="finetune.py .*--resume --data .*set --own .*set --cache"):
+        run(tmp_path / "out", "--resume")
+    more = ["--resume", "--data", moved, "--own", moved, "--cache", tmp_path / "new"]
+    assert same(run(tmp_path / "out", *more, "--steps", 2), tensors)
+    with pytest.raises(ValueError, match="trained otherwise .data was"):
+        run(tmp_path / "out", *more, "--own", "val", "--steps", 3)
+    said = (first / "metadata.jsonl").read_text()
+    (moved / "metadata.jsonl").write_text(said.replace("ball", "box"))
+    with pytest.raises(ValueError, match="trained otherwise .data was"):
+        run(tmp_path / "out", *more[:-1], tmp_path / "third", "--steps", 3)
+
+
+def test_sets_are_known_by_what_is_in_them():
+    both = ["mini-val: 5 pictures, 0123456789abcdef", "train: 7 pictures, fedcba9876543210"]
+    assert finetune.sets(f"a/b: c/{both[0]}; own words of x/{both[1]}") == both
+    assert finetune.sets("miniature/train: 20000 pictures") == ["train: 20000 pictures"]
+
+
+def test_a_checkpoint_without_a_tensor_for_us(whole, captioner, tmp_path):
+    """A foreign file is refused by all who take one; one of the other side alone is not."""
+    before = {k: v.clone() for k, v in captioner.model.state_dict().items()}
+    alien = tmp_path / "alien"
+    alien.mkdir()
+    about = {"header": json.dumps(finetune.header(whole[0]))}
+    save_file({"unet.conv_in.weight": torch.ones(2)}, alien / "checkpoint.safetensors", about)
+    with pytest.raises(ValueError, match="none of its 1 tensors is named captioner"):
+        cycle.adopt(alien, captioner)
+    with pytest.raises(ValueError, match="none of its 1 tensors"):
+        finetune.main(finetune.flags(["--out", str(alien), "--export", str(tmp_path / "stock")]))
+    assert not (tmp_path / "stock").exists()
+    with pytest.raises(ValueError, match="alien has no captioner"):
+        run(alien, "--resume")
+    ours = {k: v for k, v in whole[1].items() if k.startswith("generator.")}
+    save_file(ours, alien / "checkpoint.safetensors", about)
+    assert cycle.adopt(alien, captioner) == 0
+    assert all(torch.equal(v, before[k]) for k, v in captioner.model.state_dict().items())
+    with pytest.raises(ValueError, match="is not of this generator"):      # one without a unet
+        cycle.adopt(alien, None, object())
 
 
 # ---------------------------------------------------------------- pictures nobody described
@@ -324,7 +466,7 @@ def test_a_blip2_trains_its_query_tokens_and_nothing_else(blip2, tmp_path, monke
     assert all(log(tmp_path)[0][k] > 0 for k in losses.NAMES)
     wide = ["--captioner", blip2, "--generator", "miniature", "--data", "miniature", "--steps", 1, "--side", 42]
     run(tmp_path / "wide", *wide)
-    assert log(tmp_path / "wide")[0]["tg"] != log(tmp_path)[0]["tg"] and kept[1].size == (42, 42)
+    assert log(tmp_path / "wide")[0]["tg"] != log(tmp_path)[0]["tg"] and kept[1].side == 42
     assert json.loads((tmp_path / "wide/checkpoint.json").read_text())["settings"]["micro"] == 4    # 24 GB: see above
     ours = load(blip2, "cpu")
     cycle.adopt(tmp_path / "wide", ours)

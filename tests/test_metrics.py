@@ -1,12 +1,15 @@
 """Scores against pycocoevalcap's and gensim's golden ones, encoders against the library's processors and poolings."""
 import json
 import math
+import pickle
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import metrics
 
@@ -322,24 +325,80 @@ def test_likeness_by_name(images):
         assert np.argmax(f(["a red ball", "a huge blue ring at night"], ["a huge blue ring at night"] * 2)) == 1
 
 
-def test_inception_through_torch_fidelity(monkeypatch, images):
-    """With a stand-in of its extractor: bytes go in, the cosine of the features comes out. Without it, a remedy."""
-    import types
-    assert "pip install torch-fidelity" in metrics.likenesses(["inception"], "image").absent["inception"]
-
+def fidelity_stand_in(monkeypatch):
+    """torch-fidelity as far as it is used: it unpickles what it is given, as the true one does."""
     class Extractor(torch.nn.Module):
-        def __init__(self, name, features):
+        def __init__(self, name, features, feature_extractor_weights_path):
             super().__init__()
             assert features == ["2048", "logits_unbiased"]
+            self.scale = torch.nn.Parameter(torch.zeros(1))
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
 
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.max() > 1
-            return x.float().mean((2, 3)), x.float()[:, 0, 0]   # a picture's mean colour, and a row of it
-    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
-    module.FeatureExtractorInceptionV3 = Extractor
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+            colour = self.scale * x.float().mean((2, 3))
+            return colour, x.float()[:, 0, 0]                    # a mean colour, and a row
+    package = types.ModuleType("torch_fidelity")
+    package.feature_extractor_inceptionv3 = types.SimpleNamespace(
+        FeatureExtractorInceptionV3=Extractor, URL_INCEPTION_V3="https://x.org/weights.pth")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+
+
+class Canary:
+    """What leaves a file behind where it is unpickled."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_inception_runs_no_code(monkeypatch, tmp_path, images):
+    """Tensors are read, from either kind of file; what would run, or is no tensor, costs a line."""
+    fidelity_stand_in(monkeypatch)
+    good = {"scale": torch.full((1,), 2.)}
+    torch.save(good, tmp_path / "good.pth")
+    torch.save(good, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(good, tmp_path / "good.safetensors")
+    mean = 2 * (images * 255).round().mean((2, 3)).double()
+    for name in ("good.pth", "old.pth", "good.safetensors"):
+        seen = metrics.fidelity("cpu", str(tmp_path / name))(images)[0]
+        assert np.allclose(seen, mean, atol=1e-3)
+    canary = tmp_path / "canary"
+    torch.save({"scale": torch.ones(1), "more": Canary(canary)}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Canary(canary), 2))
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([torch.ones(1)], tmp_path / "list.pth")
+    torch.save({"other": torch.ones(1)}, tmp_path / "other.pth")
+    torch.save({"epoch": 3}, tmp_path / "number.pth")
+    for name in ("evil.pth", "evil.pkl", "page.pth", "page.safetensors", "empty.pth", "list.pth",
+                 "other.pth", "number.pth", "nowhere.pth", "."):
+        with pytest.raises(metrics.Unavailable) as e:
+            metrics.fidelity("cpu", str(tmp_path / name))
+        said = str(e.value)
+        assert str(tmp_path / name) in said and "give --inception" in said and "\n" not in said
+        assert "weights_only" not in said                        # torch's advice is to run the code
+    assert not canary.exists()
+    pickle.loads((tmp_path / "evil.pkl").read_bytes())
+    assert canary.exists()                                       # and it would have sung
+
+
+def test_inception_through_torch_fidelity(monkeypatch, images):
+    """With a stand-in of its extractor: bytes go in, the cosine of the features comes out. Without it, a remedy."""
+    assert "pip install torch-fidelity" in metrics.likenesses(["inception"], "image").absent["inception"]
+
+    fidelity_stand_in(monkeypatch)
+    asked = []
+
+    def download(url, map_location, weights_only):
+        asked.append(url)
+        assert weights_only is True
+        return {"scale": torch.ones(1)}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     likeness = metrics.likenesses(["inception"], "image").pairs["inception"]
+    assert asked == ["https://x.org/weights.pth"]
     mean = (images * 255).round().mean((2, 3)).double()
     expected = torch.cosine_similarity(mean, mean[:1])
     assert np.allclose(likeness(images, images[:1]), expected, atol=1e-5)
