@@ -1,8 +1,9 @@
-"""A stand-in of the model hub on 127.0.0.1, as far as a download asks one, with the hub's ways to fail.
+"""A stand-in of the model hub on 127.0.0.1, as far as a download asks it, and its ways to fail.
 
     hub = Hub(folder)                                # serves folder/OWNER/NAME/... at hub.address
     hub.faults["OWNER/NAME"] = Fault("drop", files="safetensors", size=1000, times=2)
-    hub.log, hub.fetched()    # all that was asked, "GET /path" or "GET /path from 1000"; the files asked for
+    hub.log            # what was asked: "GET /path", "GET /path from 1000", "CONNECT other.host"
+    hub.fetched()      # the files among it
 """
 import hashlib
 import json
@@ -18,9 +19,10 @@ LARGE = (".bin", ".safetensors", ".h5", ".msgpack", ".ot", ".onnx")
 
 @dataclass
 class Fault:
-    """kind: gated (who has no token), refused (whose token has no access), missing, drop (the connection ends before
-    byte `size` of a file), or a status of HTTP. files: a regular expression of names; "" is everything, the
-    repository's page of facts as well. times: how often, after which all is well."""
+    """kind: gated (who has no token), refused (whose token has no access), missing, drop (the
+    connection ends before byte `size` of a file), or a status of HTTP. files: a regular expression
+    of names; "" is everything, the repository's page of facts as well. times: how often, after
+    which all is well."""
     kind: str | int
     files: str = ""
     size: int = 1000
@@ -125,12 +127,14 @@ class Answer(BaseHTTPRequestHandler):
             rows.append(row if tree else row | {"rfilename": name, "blobId": row["oid"]})
         if tree:
             return self.answer(200, rows)
-        return self.answer(200, {"_id": "1", "id": repo, "modelId": repo, "sha": sha, "private": False, "gated": False,
-                                 "tags": [], "siblings": rows, "lastModified": "2025-02-03T06:45:16.000Z"})
+        return self.answer(200, {"_id": "1", "id": repo, "modelId": repo, "sha": sha,
+                                 "private": False, "gated": False, "tags": [], "siblings": rows,
+                                 "lastModified": "2025-02-03T06:45:16.000Z"})
 
     def file(self, path, sha, part, fault):
         if not path.is_file():
-            return self.answer(404, b"Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+            return self.answer(404, b"Entry not found", X_Error_Code="EntryNotFound",
+                               X_Repo_Commit=sha)
         body, size = path.read_bytes(), path.stat().st_size
         known = {"X_Repo_Commit": sha, "ETag": f'"{etag(path)}"', "Accept_Ranges": "bytes"}
         if part:

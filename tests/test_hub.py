@@ -1,4 +1,5 @@
-"""Models by their hub ids, from a stand-in of the hub: what is fetched, what is kept, and what every fault says."""
+"""Models by their hub ids, from a stand-in of the hub: what is fetched, what is kept, and what
+every fault says."""
 import builtins
 import json
 import os
@@ -41,15 +42,15 @@ def server(layouts, tmp_path_factory):
 
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
-    """The hub in good health, an empty cache; nobody sleeps, hub.waited has for how long they would have."""
+    """The hub in good health, an empty cache; hub.waited has how long nobody slept."""
     server.faults.clear()
     server.log.clear()
     server.waited = []
     server.cache = tmp_path / "cache"
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    told(monkeypatch, HF_HUB_CACHE=str(server.cache), HF_TOKEN_PATH=str(tmp_path / "token"), HF_HUB_OFFLINE=False,
-         HF_HUB_DISABLE_TELEMETRY=True)
+    told(monkeypatch, HF_HUB_CACHE=str(server.cache), HF_TOKEN_PATH=str(tmp_path / "token"),
+         HF_HUB_OFFLINE=False, HF_HUB_DISABLE_TELEMETRY=True)
     lies_at(monkeypatch, server.address)
     monkeypatch.setattr(time, "sleep", server.waited.append)
     find = socket.getaddrinfo
@@ -161,7 +162,8 @@ def test_pickled_weights_from_the_hub_and_from_a_folder_are_the_same(hub, layout
             own = captioner(place).model.state_dict()
         else:
             folder, options = cycle.resolve(place, {}, "judge")
-            own = metrics.Encoder("clip", folder, ("image", "text"), "cpu", options).model.state_dict()
+            own = metrics.Encoder("clip", folder, ("image", "text"), "cpu",
+                                  options).model.state_dict()
         shared = [key for key in own if key in truth]
         assert len(shared) > 60 and all(torch.equal(own[key], truth[key]) for key in shared)
 
@@ -224,10 +226,12 @@ def test_code_beside_a_generator_is_never_run(tmp_path, layouts, monkeypatch, pa
     index = json.loads((folder / "model_index.json").read_text())
     code = f"from pathlib import Path\nPath({str(tmp_path / 'sang')!r}).touch()\n"
     if part == "unet":
-        (folder / "unet/canary.py").write_text(code + "from diffusers import UNet2DConditionModel as Canary\n")
+        code += "from diffusers import UNet2DConditionModel as Canary\n"
+        (folder / "unet/canary.py").write_text(code)
         index["unet"] = ["canary", "Canary"]
     else:
-        (folder / "canary.py").write_text(code + "from diffusers import StableDiffusionPipeline as Canary\n")
+        code += "from diffusers import StableDiffusionPipeline as Canary\n"
+        (folder / "canary.py").write_text(code)
         index["_class_name"] = ["canary", "Canary"]
     (folder / "model_index.json").write_text(json.dumps(index))
     refused(lambda: generator(folder), str(folder))
@@ -279,7 +283,8 @@ def test_a_download_that_always_breaks_off_keeps_what_came(hub, monkeypatch):
     assert hub.fetched() == {f"{BLIP2}/model-00002-of-00002.safetensors"}
 
 
-@pytest.mark.parametrize("name, file", [(BLIP2, "tokenizer.json"), (VITL, "vocab.txt"), (SD14, "unet/config.json"),
+@pytest.mark.parametrize("name, file", [(BLIP2, "tokenizer.json"), (VITL, "vocab.txt"),
+                                        (SD14, "unet/config.json"),
                                         (VITL, "preprocessor_config.json")])
 def test_half_a_model_is_not_taken_for_a_whole_one(hub, monkeypatch, name, file):
     """All weights came, a small file did not: the libraries would make up what it says."""
@@ -300,8 +305,8 @@ def test_a_download_that_breaks_off_twice_goes_on_by_itself(hub, monkeypatch):
                                 (generator, SD14, "unet/diffusion_pytorch_model.safetensors")):
         hub.faults[name] = Fault("drop", file, size=105_000, times=2)
         load_it(name)
-        asked = [line for line in hub.log if f"{name}/resolve" in line and line.split(" from ")[0].endswith(file)]
-        assert [line.partition(" from ")[2] for line in asked if line.startswith("GET")] == ["", "100000", "100000"]
+        asked = [line.partition(" from ") for line in hub.log if line.startswith(f"GET /{name}/")]
+        assert [at for path, _, at in asked if path.endswith(file)] == ["", "100000", "100000"]
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'5' * 64}\nsize 940101124\n"
@@ -310,9 +315,10 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'5' * 64}\ns
 @pytest.mark.parametrize("damage", ["cut", "pointer", "empty"])
 @pytest.mark.parametrize("name, file", [(VITL, "model.safetensors"), (VITB, "pytorch_model.bin"),
                                         (SD14, "unet/diffusion_pytorch_model.safetensors"),
-                                        (VITL, "config.json"), (VITL, "tokenizer.json"), (SD14, "model_index.json")])
+                                        (VITL, "config.json"), (VITL, "tokenizer.json"),
+                                        (SD14, "model_index.json")])
 def test_damaged_files_are_one_line(hub, layouts, tmp_path, name, file, damage):
-    """Cut in half, a pointer of Git LFS in their place, nothing at all; from the hub or in a folder."""
+    """Cut in half, a pointer of Git LFS in its place, nothing at all; of the hub or of a folder."""
     body = (layouts / name / file).read_bytes()
     body = {"cut": body[:len(body) // 2], "pointer": POINTER.encode(), "empty": b""}[damage]
     for folder in (hub.root / "somebody" / damage, tmp_path / damage):
@@ -324,8 +330,10 @@ def test_damaged_files_are_one_line(hub, layouts, tmp_path, name, file, damage):
     refused(lambda: load_it(tmp_path / damage), str(tmp_path / damage))
 
 
-@pytest.mark.parametrize("name, file", [(VITL, "model.safetensors"), (VITL, "config.json"), (VITL, "tokenizer.json"),
-                                        (VITL, "preprocessor_config.json"), (BLIP2, "model-00002-of-00002.safetensors"),
+@pytest.mark.parametrize("name, file", [(VITL, "model.safetensors"), (VITL, "config.json"),
+                                        (VITL, "tokenizer.json"),
+                                        (VITL, "preprocessor_config.json"),
+                                        (BLIP2, "model-00002-of-00002.safetensors"),
                                         (SD14, "vae/config.json"), (SD14, "tokenizer/vocab.json"),
                                         (SD14, "unet/diffusion_pytorch_model.safetensors")])
 def test_missing_files_are_one_line(layouts, tmp_path, name, file):
@@ -359,28 +367,33 @@ def test_no_network_and_an_empty_cache(hub, monkeypatch):
     assert sum(hub.waited) < 10
 
 
-# ---------------------------------------------------------------- the script, in a process of its own
+# ---------------------------------------------------------------- the script, in a process
 def script(home, address, *argv, **env):
-    """rerank.py as somebody calls it whose hub lies at that address: (exit code, last line, seconds)."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "DISABLE_"))}
-    clean |= {"HTTPS_PROXY": address, "HTTP_PROXY": address, "NO_PROXY": "127.0.0.1"}     # other hosts are seen there
+    """rerank.py as somebody calls it whose hub lies at that address: (the process, seconds)."""
+    own = ("HF_", "HUGGING", "TRANSFORMERS_", "DISABLE_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    clean |= {"HF_ENDPOINT": address, "HF_HOME": str(home)}
+    clean |= {"HTTPS_PROXY": address, "HTTP_PROXY": address, "NO_PROXY": "127.0.0.1"}  # who else?
+    command = [sys.executable, "rerank.py", *map(str, argv), "--captioner", "vitb"]
     start = time.monotonic()
-    out = subprocess.run([sys.executable, "rerank.py", *map(str, argv), "--captioner", "vitb", "--device", "cpu"],
-                         cwd=ROOT, env=clean | {"HF_ENDPOINT": address, "HF_HOME": str(home)} | env,
-                         stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    out = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, env=clean | env, text=True,
+                         stdin=subprocess.DEVNULL, capture_output=True)
     return out, time.monotonic() - start
 
 
 def test_the_papers_models_in_a_run_of_their_own(server, tmp_path):
-    """vitb, sd14, clip and dino from the hub: a full cycle, with nothing asked that nobody needs."""
+    """vitb, sd14, clip and dino from the hub: a full cycle, and nothing asked beside them."""
     server.faults.clear()
     server.log.clear()
     Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "picture.png")
-    out, _ = script(tmp_path / "home", server.address, tmp_path / "picture.png", "--n", 2, "--scorer", "full",
-                    "--steps", 2, "--likeness", "clip", "dino", "--out", tmp_path / "out")
+    out, _ = script(tmp_path / "home", server.address, tmp_path / "picture.png", "--n", 2,
+                    "--scorer", "full", "--steps", 2, "--likeness", "clip", "dino", "--out",
+                    tmp_path / "out")
     assert out.returncode == 0, out.stderr
-    rows = [json.loads(line) for line in (tmp_path / "out/candidates.jsonl").read_text().splitlines()]
-    assert set(json.loads((tmp_path / "out/revisions.json").read_text())) == {VITB, SD14, CLIP, DINO}
+    rows = [json.loads(line)
+            for line in (tmp_path / "out/candidates.jsonl").read_text().splitlines()]
+    assert set(json.loads((tmp_path / "out/revisions.json").read_text())) == {VITB, SD14, CLIP,
+                                                                              DINO}
     assert len(rows) == 2 and set(rows[0]["scores"]) >= {"clip", "dino", "clipscore"}
     wanted = [f"{name}/{file}" for name in (VITB, SD14, CLIP, DINO) for file in WEIGHTS[name]]
     assert weights(server.fetched()) == set(wanted)
@@ -392,8 +405,9 @@ def test_a_script_says_one_line_and_exits_with_2(server, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
     server.faults.clear()
     server.faults[VITB] = Fault("gated")
-    out, seconds = script(tmp_path / "home", server.address, tmp_path / "picture.png", "--likeness", "pixel",
-                          "--out", tmp_path / "out")
+    out, seconds = script(tmp_path / "home", server.address, tmp_path / "picture.png", "--likeness",
+                          "pixel", "--out", tmp_path / "out")
     assert out.returncode == 2 and seconds < 60
     last = out.stderr.strip().splitlines()
-    assert len(last) == 1 and last[0].startswith("rerank.py: ") and re.search(places(server, VITB), last[0])
+    assert len(last) == 1 and last[0].startswith("rerank.py: ") and re.search(places(server, VITB),
+                                                                              last[0])

@@ -1,4 +1,5 @@
-"""Models in the layouts of the hub's real ones say, see and draw what the stock libraries make of the same files."""
+"""Models in the layouts of the hub's real ones see, say and draw what the stock libraries do with
+the same files."""
 import json
 import shutil
 
@@ -13,21 +14,20 @@ import cycle
 import metrics
 
 TEXTS = ["a small red ball on the grass", "", "two very large blue rings " * 30]
-NEAR = 4 / 255                                       # the libraries resize in 8 bit, once in each direction
-VIEWS = {
-    "a number": {"size": 24},
-    "height and width": {"size": {"height": 24, "width": 40}},
-    "a pair": {"size": [24, 40]},
-    "the shorter side": {"size": {"shortest_edge": 24}},
-    "the longer side as well": {"size": {"shortest_edge": 24, "longest_edge": 30}},
-    "at most": {"size": {"max_height": 30, "max_width": 30}},
-    "left as it is": {"do_resize": False},
-    "cut": {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": 25},
-    "cut to an oblong": {"size": 40, "do_center_crop": True, "crop_size": {"height": 20, "width": 29}},
-    "cut beyond its rim": {"size": {"height": 24, "width": 24}, "do_center_crop": True, "crop_size": 33},
-    "said but not cut": {"size": {"shortest_edge": 40}, "do_center_crop": False, "crop_size": 24},
-    "bilinear": {"size": {"height": 24, "width": 24}, "resample": 2},
-}
+NEAR = 4 / 255                               # the libraries resize in 8 bit, once in each direction
+VIEWS = {"a number": {"size": 24}, "height and width": {"size": {"height": 24, "width": 40}},
+         "a pair": {"size": [24, 40]}, "the shorter side": {"size": {"shortest_edge": 24}},
+         "the longer side as well": {"size": {"shortest_edge": 24, "longest_edge": 30}},
+         "at most": {"size": {"max_height": 30, "max_width": 30}},
+         "left as it is": {"do_resize": False}, "cut": {"size": {"shortest_edge": 40},
+                                                        "do_center_crop": True, "crop_size": 25},
+         "cut to an oblong": {"size": 40, "do_center_crop": True, "crop_size": {"height": 20,
+                                                                                "width": 29}},
+         "cut beyond its rim": {"size": {"height": 24, "width": 24}, "do_center_crop": True,
+                                "crop_size": 33},
+         "said but not cut": {"size": {"shortest_edge": 40}, "do_center_crop": False,
+                              "crop_size": 24}, "bilinear": {"size": {"height": 24, "width": 24},
+                                                             "resample": 2}, }
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,10 @@ def photo():
     if file.is_file():
         return Image.open(file).convert("RGB")
     dice = np.random.default_rng(0)
-    coarse = Image.fromarray(dice.integers(60, 200, (12, 16, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
-    return Image.fromarray((np.asarray(coarse) + dice.normal(0, 10, (480, 640, 3))).clip(0, 255).astype(np.uint8))
+    coarse = Image.fromarray(dice.integers(60, 200, (12, 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((640, 480), Image.BICUBIC))
+    grain = dice.normal(0, 10, (480, 640, 3))
+    return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
 
 
 def tensor(picture):
@@ -47,7 +49,8 @@ def tensor(picture):
 
 def stock_view(folder, picture, **more):
     from transformers import AutoImageProcessor
-    return AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt", **more).pixel_values
+    return AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt",
+                                                      **more).pixel_values
 
 
 def near(ours, theirs, std=.2613):
@@ -83,7 +86,7 @@ def test_clip_sees_what_the_stock_one_sees(layouts, photo):
 
 @pytest.mark.parametrize("resample", [2, 3])
 def test_dino_is_resized_as_its_checkpoint_says(layouts, photo, tmp_path, resample):
-    """To the paper's 384 px, but bilinearly, as facebook/dino-vitb8 was trained; bicubically where a config says so."""
+    """To the paper's 384 px; bilinearly as facebook/dino-vitb8, bicubically if a config says so."""
     folder = changed(layouts / DINO, tmp_path / "dino", resample=resample)
     ours = judge("dino", folder, "image").pixels(tensor(photo)[None])
     near(ours, stock_view(folder, photo, size={"height": 384, "width": 384}), std=.224)
@@ -108,8 +111,10 @@ def test_blips_prompt_is_the_stock_one(layouts, photo, name, monkeypatch):
     from transformers import AutoProcessor, BlipForConditionalGeneration
     model = BlipForConditionalGeneration.from_pretrained(layouts / name).eval()
     seen = []
-    monkeypatch.setattr(model.text_decoder, "generate", lambda **given: seen.append(given["input_ids"].tolist()))
-    model.generate(**AutoProcessor.from_pretrained(layouts / name)(photo, "a picture of", return_tensors="pt"))
+    monkeypatch.setattr(model.text_decoder, "generate",
+                        lambda **given: seen.append(given["input_ids"].tolist()))
+    model.generate(**AutoProcessor.from_pretrained(layouts / name)(photo, "a picture of",
+                                                                   return_tensors="pt"))
     assert seen == [[cycle.Captioner.load(layouts / name, "cpu").prompt]]
 
 
@@ -136,7 +141,8 @@ def test_beam_search_is_stock_on_equal_pixels(layouts, photo, name):
         given["pixel_values"] = captioner.pixels([tensor(picture)])
         length = len(captioner.prompt)
         with torch.no_grad():
-            ids = model.generate(**given, num_beams=3, min_new_tokens=max(0, 5 - length), max_new_tokens=20 - length)
+            ids = model.generate(**given, num_beams=3, min_new_tokens=max(0, 5 - length),
+                                 max_new_tokens=20 - length)
         start = given.input_ids.shape[1] if name == BLIP2 else length
         theirs.append(" ".join(processor.decode(ids[0, start:], skip_special_tokens=True).split()))
     ours = captioner.speak([tensor(p) for p in pictures], 1, "beam")[0]
@@ -146,24 +152,27 @@ def test_beam_search_is_stock_on_equal_pixels(layouts, photo, name):
 
 # ---------------------------------------------------------------- judges
 def test_judges_are_the_stock_encoders(layouts, photo):
-    """CLIP's and DINO's of a photograph, CLIP's and SBERT's of texts, up to the rounding of pixels."""
+    """CLIP's and DINO's of a photograph, CLIP's and SBERT's of texts, but for rounded pixels."""
     from transformers import AutoTokenizer, BertModel, CLIPModel, ViTModel
     small = photo.resize((384, 384))
     clip = CLIPModel.from_pretrained(layouts / CLIP).eval()
     dino = ViTModel.from_pretrained(layouts / DINO, add_pooling_layer=False).eval()
     sbert = BertModel.from_pretrained(layouts / SBERT, add_pooling_layer=False).eval()
-    ours = {"clip": judge("clip", layouts / CLIP, "image", "text"), "dino": judge("dino", layouts / DINO, "image"),
-            "sbert": judge("sbert", layouts / SBERT, "text")}
+    see_and_read = judge("clip", layouts / CLIP, "image", "text")
+    see = judge("dino", layouts / DINO, "image")
+    read = judge("sbert", layouts / SBERT, "text")
+    words = {name: AutoTokenizer.from_pretrained(layouts / name) for name in (CLIP, SBERT)}
+    x, pairs = tensor(small)[None], []
     with torch.no_grad():
-        pairs = [(ours["clip"].images(tensor(small)[None]), clip.vision_model(stock_view(layouts / CLIP, small))[1])]
+        view = stock_view(layouts / CLIP, small)
+        pairs.append((see_and_read.images(x), clip.vision_model(view)[1]))
         view = stock_view(layouts / DINO, small, size={"height": 384, "width": 384})
-        pairs.append((ours["dino"].images(tensor(small)[None]), dino(view, interpolate_pos_encoding=True)[0][:, 0]))
+        pairs.append((see.images(x), dino(view, interpolate_pos_encoding=True)[0][:, 0]))
         for text in (TEXTS[0], TEXTS[2]):
-            given = AutoTokenizer.from_pretrained(layouts / CLIP)(text, truncation=True, return_tensors="pt")
-            pairs.append((ours["clip"].texts([text]), clip.text_model(**given)[1]))
-            given = AutoTokenizer.from_pretrained(layouts / SBERT)(text, truncation=True, max_length=256,
-                                                                   return_tensors="pt")
-            pairs.append((ours["sbert"].texts([text]), sbert(**given)[0].mean(1)))
+            given = words[CLIP](text, truncation=True, return_tensors="pt")
+            pairs.append((see_and_read.texts([text]), clip.text_model(**given)[1]))
+            given = words[SBERT](text, truncation=True, max_length=256, return_tensors="pt")
+            pairs.append((read.texts([text]), sbert(**given)[0].mean(1)))
     for a, b in pairs:
         assert torch.cosine_similarity(a, b.double()) > .9999
 
@@ -176,15 +185,18 @@ def both(request, layouts):
     from diffusers.utils import logging
     logging.set_verbosity_error()
     theirs = StableDiffusionPipeline.from_pretrained(layouts / request.param, safety_checker=None,
-                                                     requires_safety_checker=False, low_cpu_mem_usage=False)
+                                                     requires_safety_checker=False,
+                                                     low_cpu_mem_usage=False)
     theirs.set_progress_bar_config(disable=True)
     return cycle.Generator.load(layouts / request.param, "cpu"), theirs
 
 
 def drawn(pipe, steps, guidance):
-    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=cycle.chance("draw", 0, i)) for i in range(len(TEXTS))])
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=cycle.chance("draw", 0, i))
+                       for i in range(len(TEXTS))])
     with torch.no_grad():
-        return pipe(TEXTS, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="pt").images
+        return pipe(TEXTS, latents=noise, num_inference_steps=steps, guidance_scale=guidance,
+                    output_type="pt").images
 
 
 def test_draws_are_stock_from_equal_noise(both):
@@ -207,7 +219,8 @@ def test_text_states_are_encode_prompts(both):
 
 def test_few_steps_and_a_tiny_decoder_are_the_stock_recipe(layouts):
     from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, StableDiffusionPipeline
-    theirs = StableDiffusionPipeline.from_pretrained(layouts / SD14, safety_checker=None, low_cpu_mem_usage=False,
+    theirs = StableDiffusionPipeline.from_pretrained(layouts / SD14, safety_checker=None,
+                                                     low_cpu_mem_usage=False,
                                                      requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
