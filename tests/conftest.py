@@ -35,14 +35,14 @@ def images(scenes):
 
 @pytest.fixture(scope="session")
 def captioner():
-    import cycle
-    return cycle.Captioner.load("miniature", "cpu")
+    import captioners
+    return captioners.Captioner.load("miniature", "cpu")
 
 
 @pytest.fixture(scope="session")
 def generator():
-    import cycle
-    return cycle.Generator.load("miniature", "cpu")
+    import generators
+    return generators.Generator.load("miniature", "cpu")
 
 
 @pytest.fixture(scope="session")
