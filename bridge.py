@@ -12,8 +12,7 @@ before the one that predicts a caption's first token (BLIP: [DEC] a picture of -
 
 Copy this file alone: it needs torch and two fast `transformers` tokenizers.
 
-    python bridge.py                                                # the miniature's two tokenizers
-    python bridge.py --source bert/ --target clip/ "a skateboarder's dog"
+    python bridge.py --source bert/ --target clip/ "a skateboarder's dog"   # or the miniature's
 
 prints which pieces each slot of the prompt is tied to, and what the paper's matrix puts there.
 
@@ -23,6 +22,7 @@ captioner and the generator; H, D widths of captioner and text encoder; N = B L;
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 NOWHERE = (0, 0)                       # a place in a text, from and to, that overlaps with no other
-END = (1 << 30, (1 << 30) + 1)         # the end of every caption, behind its text
+END = (1_000_000, 1_000_001)           # the end of every caption, behind its text
 SENTENCE = "a huge pink square below an orange heart on fresh snow"
 
 
@@ -72,7 +72,6 @@ class Bridge:
     around a caption where the source tokenizer does not say so (BLIP begins with [DEC], BLIP-2 ends
     with a line break). T is target.model_max_length. chunk: memory against speed.
     """
-
     def __init__(self, source, target, embeddings, size=None, kind="anchored", begin=None, end=None,
                  chunk=4096):
         if kind not in KINDS:
@@ -92,7 +91,7 @@ class Bridge:
     def layout(self, captions, lead=0, room=None):
         """Captions -> Layout, on the CPU. room: most tokens the captioner reads of each, its end
         not counted; slots beyond stay as they are."""
-        return make_layout(captions, self.source, self.target, self.kind, self.end, lead, room)
+        return make_layout(captions, self.source, self.target, self.end, self.kind, lead, room)
 
     def __call__(self, hidden, head_weight, head_bias, layout):
         """hidden (B, L, H), head (V, H) and (V,) or None, layout on their device -> embeddings
@@ -114,10 +113,6 @@ def soft_states(text_encoder, embeddings, ids):
     (B, T): for models that look for the end in them. One-hot input gives the states of its ids.
     """
     layer = text_encoder.get_input_embeddings()
-    width = layer.weight.shape[1]
-    if embeddings.shape[-1] != width:
-        raise ValueError(f"embeddings {tuple(embeddings.shape)} must be (B, T, {width}), of this "
-                         "text encoder's own")
     hook = layer.register_forward_hook(lambda layer, args, out: embeddings.to(out.dtype))
     try:
         return text_encoder(ids).last_hidden_state
@@ -133,7 +128,6 @@ class Fused(torch.autograd.Function):
     maximum. Five products of N H V against the plain way's four. Half precision is multiplied and
     summed in float32. No gradient reaches T, which is frozen.
     """
-
     @staticmethod
     def forward(ctx, hidden, weight, bias, table, chunk):
         h = flat(hidden)                                            # (N, H)
@@ -234,7 +228,7 @@ def vocabulary_map(source, target, size=None, begin=None, end=None):
     """M, as V lists of ids: the target's tokens of each piece's text, each an equal share of it.
 
     Specials go by role: begin to begin, end and padding to end; others, and pieces up to `size`
-    that have no name, to the target's unknown (CLIP: its end). begin, end: one more source id each.
+    that have no name, to the target's unknown. begin, end: one more source id each.
     """
     # Differs: the paper's file (Appendix G) maps 58 % of the words to [UNK] and loses mass.
     rows = target(piece_texts(source), add_special_tokens=False, verbose=False).input_ids
@@ -257,9 +251,13 @@ def vocabulary_map(source, target, size=None, begin=None, end=None):
 
 def project(rows, embeddings):
     """T = M E (V, D), what a piece looks like to the text encoder: the mean of its tokens."""
-    e = flat(embeddings).cpu()                                      # (U, D)
-    means = [e[row].mean(0) for row in rows]
-    return torch.stack(means).to(embeddings)
+    e = flat(embeddings)                                            # (U, D)
+    count = torch.tensor([len(row) for row in rows])                # (V,)
+    piece = torch.arange(len(rows)).repeat_interleave(count)
+    token = torch.tensor(list(chain(*rows)))
+    m = torch.sparse_coo_tensor(torch.stack([piece, token]), (1 / count)[piece],
+                                (len(rows), len(e)), check_invariants=True)
+    return torch.sparse.mm(m.coalesce().to(e), e).to(embeddings.dtype)
 
 
 def piece_texts(tokenizer):
@@ -297,17 +295,16 @@ class Layout:
         return Layout(*[x.to(device, non_blocking=True) for x in vars(self).values()])
 
 
-def make_layout(captions, source, target, kind="anchored", end=None, lead=0, room=None):
+def make_layout(captions, source, target, end, kind="anchored", lead=0, room=None):
     """B captions -> Layout: L = lead + longest caption and end, T = target.model_max_length slots.
 
-    A slot's row of A is its overlap with each piece, in characters, divided by their sum; the end
-    is tied to the end unless the caption was cut on either side; begin and padding are tied to
-    nothing. For kind "plain" the pieces stand in a row.
+    A slot's row of A is its overlap with each piece, in characters, divided by their sum; end is
+    tied to end unless the caption was cut on either side, begin and padding to nothing. For kind
+    "plain" the pieces stand in a row.
     """
     if not 3 <= target.model_max_length <= 4096:
         raise ValueError(f"a prompt of {target.model_max_length} slots: set the target tokenizer's "
                          "model_max_length to what the text encoder reads")
-    end = special_id(source, "sep", "eos") if end is None else end
     pieces, spans = tokenize(captions, source, end, lead, room)     # (B, L), (B, L, 2)
     if kind == "plain":
         prompt, align = in_a_row(pieces, target)
@@ -355,8 +352,7 @@ def tokenize_prompts(captions, target):
 
 
 def in_a_row(pieces, target):
-    """The prompt (B, T) and A (B, T, L) of `plain`: a slot for each piece after begin, its end too.
-    Of too many, the last give way to an end."""
+    """Prompt and A of `plain`: a slot a piece after begin; of too many, the last give way to end."""
     *begin, end = target("").input_ids
     length = target.model_max_length
     prompt = torch.full((len(pieces), length), special_id(target, "pad", "eos"))
@@ -366,15 +362,16 @@ def in_a_row(pieces, target):
         places = (row >= 0).nonzero()[:, 0]
         slots = torch.arange(len(begin), length)[:len(places)]
         prompt[b, slots] = end
-        tied = slots if len(slots) == len(places) else slots[:-1]
-        align[b, tied, places[:len(tied)]] = 1
+        if len(slots) < len(places):
+            slots = slots[:-1]
+        align[b, slots, places[:len(slots)]] = 1
     return prompt, align
 
 
 # ---------------------------------------------------------------- what it does to a sentence
 def show_alignment(sentence, source, target):
     """A line for each slot of a sentence's prompt, and how many the plain matrix gets right."""
-    layout = make_layout([sentence], source, target)
+    layout = make_layout([sentence], source, target, special_id(source, "sep", "eos"))
     slots = target.convert_ids_to_tokens(layout.target[0].tolist())
     pieces = source.convert_ids_to_tokens(layout.source[0].tolist())
     rows = vocabulary_map(source, target)
@@ -408,7 +405,7 @@ def main(args):
     from transformers import AutoTokenizer
     tokenizers = []
     for place in (args.source, args.target):
-        if not Path(place).is_dir() and str(place).count("/") != 1:
+        if not Path(place).is_dir() and "/" not in str(place):
             raise ValueError(f"{place} is neither a directory nor a hub id (owner/name)")
         tokenizers.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
     print("\n".join(show_alignment(args.sentence, *tokenizers)))
