@@ -352,7 +352,7 @@ def tokenize_prompts(captions, target):
 
 
 def in_a_row(pieces, target):
-    """Prompt and A of `plain`: a slot a piece after begin; of too many, the last give way to end."""
+    """Prompt and A of `plain`: a slot a piece after begin; of too many, the last ones go."""
     *begin, end = target("").input_ids
     length = target.model_max_length
     prompt = torch.full((len(pieces), length), special_id(target, "pad", "eos"))

@@ -156,14 +156,15 @@ def restore(out, trained, adam, settings, content):
 
 
 def export(out, captioner, generator, folder):
-    """Writes both models with their trained weights as stock directories; how many tensors these
-    are."""
+    """Writes both models, with their trained weights, as stock directories."""
     captioner = Captioner.load(captioner, "cpu")
     generator = Generator.load(generator, "cpu")
     count = load_trained(out, captioner, generator)
     captioner.save(folder / "captioner")
     generator.pipe.save_pretrained(folder / "generator")
-    return count
+    print(f"finetune.py: {count} trained tensors; {folder}/captioner and {folder}/generator are "
+          "stock directories")
+    return 0
 
 
 # ---------------------------------------------------------------- what others may have written

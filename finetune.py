@@ -238,10 +238,7 @@ def held_out_losses(run):
 
 
 def train_step(run, step, stops):
-    """One step of AdamW on the gradients of all processes: its losses and norms, whether to stop.
-
-    stops: not empty if somebody wants that.
-    """
+    """One step of AdamW on the gradients of all processes: its line of the log, whether to stop."""
     row = {"step": step + 1}
     began = time.perf_counter()
     if run.probe and step % run.probe == 0:                  # the gradient of each loss alone
@@ -297,10 +294,7 @@ def gradient_norm(trained, side):
 # ---------------------------------------------------------------- the run
 def main(args):
     if args.export:
-        count = checkpoint.export(args.out, args.captioner, args.generator, args.export)
-        print(f"finetune.py: {count} trained tensors; {args.export}/captioner and "
-              f"{args.export}/generator are stock directories")
-        return 0
+        return checkpoint.export(args.out, args.captioner, args.generator, args.export)
     rank, processes = data.rank_and_world()
     loading.tune_process(args.captioner)
     device, dtype = loading.device_and_dtype(args.device, args.dtype)
@@ -314,17 +308,16 @@ def main(args):
 
     # the pictures
     samples = Samples(args.data, args.split)
-    content = samples.content
     own = None
     if args.own and os.path.isdir(args.own):
         own = Samples(args.own, "train", described=False)
     elif args.own:
         own = Samples(args.data, args.own, described=False)
-    if own:
-        content += f"; own words of {own.content}"
-    for some in (samples, own):
-        if some is not None and len(some) < args.batch:
+    sets = [samples, own] if own else [samples]
+    for some in sets:
+        if len(some) < args.batch:
             raise ValueError(f"{some.name}: less than one --batch of {args.batch}")
+    content = "; own words of ".join([some.content for some in sets])
 
     # the two sides, what is trained of them, and what lies between
     captioner = Captioner.load(args.captioner, device, dtype)
@@ -352,15 +345,18 @@ def main(args):
     if args.decoder != "exact" and "tr" in args.losses:
         decode = tiny_decoder(args.decoder, generator)
     cache = None
-    if args.cache:                               # other pictures or another generator: other latents
+    if args.cache:                           # other pictures or another generator: other latents
         cache = Path(args.cache) / digest([samples.name, args.generator, str(generator.dtype)])
 
-    run = Run(captioner, generator, between, decode, samples, own,
-              held_out(args.data, samples, args.held), cache, trained, adam,
-              dict(zip(args.losses, args.weights)), args.batch, args.micro or args.batch,
-              args.chunk, args.thin, args.seed, args.clip, rank, processes, args.out, args.every,
-              args.probe, args.steps or int(args.epochs * (len(samples) // args.batch)),
-              settings_of(args), content)
+    total = args.steps or int(args.epochs * (len(samples) // args.batch))
+
+    run = Run(captioner=captioner, generator=generator, bridge=between, decode=decode,
+              samples=samples, own=own, held=held_out(args.data, samples, args.held), cache=cache,
+              trained=trained, adam=adam, weights=dict(zip(args.losses, args.weights)),
+              batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
+              seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
+              every=args.every, probe=args.probe, total=total, settings=settings_of(args),
+              content=content)
     loading.record_revisions(args.out)
     start = 0
     if args.resume:
@@ -375,6 +371,9 @@ def main(args):
 def train(run, start):
     """The loop: a step, a line, now and then a checkpoint. 130 if it was stopped before its end."""
     speaks = run.rank == 0                                   # one of the processes writes
+    stops, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda *_: stops.append(1))
     log = run.out / "log.jsonl"
     first = last = {}
     if speaks:
@@ -384,9 +383,6 @@ def train(run, start):
         data.write_rows(log, [row for row in rows if row["step"] <= start])
         if run.held:
             first = last = held_out_losses(run)
-    stops, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda *_: stops.append(1))
     bar = tqdm(total=run.total, initial=start, desc="steps", disable=not speaks)
     saved = start
     try:
