@@ -31,6 +31,7 @@ from scipy.special import log_softmax
 # After the Penn Treebank tokenizer of CoreNLP, by which COCO captions are scored: clitics are split
 # off, hyphens, slashes and inner dots are kept, sentence punctuation is dropped. The jar differs in
 # fewer than one caption of 1000.
+ASCII = str.maketrans("’‘“”–—", "''\"\"--")
 BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))
 DROPPED = frozenset("'' ' ` `` . ? ! , : - -- ... ; \"".split())
 SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na",
@@ -51,7 +52,7 @@ TOKEN = re.compile(r"""
 def tokenize(caption):
     """A caption as the field's scorers see it: a tuple of lower-case tokens without sentence
     punctuation."""
-    plain = caption.lower().translate(str.maketrans("’‘“”–—", "''\"\"--"))
+    plain = caption.lower().translate(ASCII)
     tokens = []
     for match in TOKEN.findall(" ".join(plain.split())):
         tokens += SPLIT.get(match, match).split()
@@ -110,7 +111,7 @@ def cider(candidates, references, df=None):
     weighted.data *= rarity[weighted.indices]
     norm = (weighted.power(2) @ orders) ** .5                       # (captions, 4)
     length = (counts @ orders)[:, 1]                                # in pairs of words, as theirs
-    several = np.array([len(captions) for captions in references], int)
+    several = np.array([*map(len, references)], int)
     item = np.arange(len(several)).repeat(several)                  # (R,) whose each reference is
     right = candidates.size + np.arange(len(item))                  # (R,) the references' rows
     heard = weighted[right]                                         # (R, G)
@@ -119,11 +120,12 @@ def cider(candidates, references, df=None):
         left = item * n + j                                         # (R,) who is held against them
         dots = weighted[left].minimum(heard).multiply(heard) @ orders       # (R, 4)
         norms = norm[left] * norm[right]
-        cosine = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).mean(1)
+        cosine = dots / np.where(norms > 0, norms, 1)
         longer = length[left] - length[right]
         penalty = np.exp(-longer ** 2 / 72)                         # Gaussian, sigma 6
-        total = np.bincount(item, 10 * penalty * cosine, len(several))
-        scores[:, j] = total / np.maximum(1, several)
+        alike = 10 * penalty * cosine.mean(1)                       # (R,)
+        scores[:, j] = np.bincount(item, alike, len(several))
+    scores /= np.maximum(1, several)[:, None]
     return scores.reshape(candidates.shape)
 
 
@@ -139,7 +141,7 @@ def bleu_counts(candidates, references):
     to `bleu`. Each item needs a reference or more."""
     n = len(candidates)
     counts, _, orders = count([*candidates, *chain(*references)])
-    several = np.array([len(captions) for captions in references], int)
+    several = np.array([*map(len, references)], int)
     ends = n + np.cumsum(several)
     starts = ends - several
     # the most often a reference has each n-gram: of the first ones, the second, ... the last again
@@ -190,7 +192,8 @@ def spice(candidates, references):
         raise Unavailable("its jar is not here: pip install pycocoevalcap, or name it by SPICE_JAR")
     rows = []
     for candidate, captions in zip(candidates, references):
-        test, *refs = (" ".join(tokenize(c)) for c in (candidate, *captions))
+        test = " ".join(tokenize(candidate))
+        refs = [" ".join(tokenize(caption)) for caption in captions]
         rows.append({"image_id": len(rows), "test": test, "refs": refs})
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "in.json"), Path(folder, "out.json")
@@ -259,7 +262,8 @@ def movers(glove, a, b):
     """Minus the word mover's distance of captions a[i] and b[i], stop words removed: (n,)."""
     tokens = {caption: content(caption) for caption in {*a, *b}}
     vectors = word_vectors(glove, set(chain(*tokens.values())))
-    return np.array([-wmd(tokens[x], tokens[y], vectors) for x, y in zip(a, b)])
+    distances = [wmd(tokens[x], tokens[y], vectors) for x, y in zip(a, b)]
+    return -np.array(distances)
 
 
 # ---------------------------------------------------------------- sets of pictures
@@ -277,13 +281,14 @@ def frechet(x, y):
                          f"got {len(x)} and {len(y)}")
     factors = []
     for features in (x, y):
+        scale = math.sqrt(len(features) - 1)
         centred = features - features.mean(0)
-        factors.append(np.linalg.qr(centred / math.sqrt(len(features) - 1), mode="r"))
+        factors.append(np.linalg.qr(centred / scale, mode="r"))
     a, b = factors
     nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    means = ((x.mean(0) - y.mean(0)) ** 2).sum()
-    traces = (a ** 2).sum() + (b ** 2).sum()
-    return float(means + traces - 2 * nuclear)
+    apart = x.mean(0) - y.mean(0)
+    spread = np.vdot(a, a) + np.vdot(b, b)
+    return float(apart @ apart + spread - 2 * nuclear)
 
 
 def inception_score(logits, splits=1):
@@ -294,7 +299,7 @@ def inception_score(logits, splits=1):
     scores = []
     for part in np.split(logp, edges):
         p = np.exp(part)
-        divergence = p * (part - np.log(p.mean(0)))
+        divergence = p * (part - np.log(p.mean(0)))             # of each picture from the mean
         scores.append(math.exp(divergence.sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -325,7 +330,8 @@ def paired(statistic_a, statistic_b, items, draws=1000, seed=0):
     whole = np.arange(items)
     gain = float(statistic_b(whole) - statistic_a(whole))
     low, high = np.nanquantile(gains, (.025, .975)).tolist()
-    return gain, (low, high), float(np.mean(np.less_equal(gains, 0)))
+    lost = sum(g <= 0 for g in gains)
+    return gain, (low, high), lost / draws
 
 
 def choices(quality, ranking):

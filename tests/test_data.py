@@ -22,16 +22,17 @@ def test_the_shipped_miniature_is_read_by_the_ordinary_readers():
     counts = {"val": 100, "test": 150, "in": 150, "near": 150, "out": 150, "nocaps": 450}
     for split, count in counts.items():
         items = data.read("miniature", split)
-        assert len(items) == count and all(len(x.captions) == 5 and x.path.exists() for x in items)
+        assert len(items) == count
+        assert all(len(x.captions) == 5 and x.path.exists() for x in items)
         assert len({x.name for x in items}) == count
-    drawn = world.draw(world.sample("near", 7))                 # the files are the world's own pictures
+    drawn = world.draw(world.sample("near", 7))         # the files are the world's own pictures
     shipped = data.open_image(data.read("miniature", "near")[7].path).permute(1, 2, 0) * 255
     assert shipped.round().byte().numpy().tolist() == drawn.tolist()
 
 
 def test_blips_schema(tmp_path):
-    (tmp_path / "coco_karpathy_test.json").write_text(json.dumps(
-        [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["a man  on\na bike", "b"]}]))
+    row = {"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["a man  on\na bike", "b"]}
+    (tmp_path / "coco_karpathy_test.json").write_text(json.dumps([row]))
     (tmp_path / "coco_karpathy_train.json").write_text(json.dumps(
         [{"image": "a.jpg", "image_id": "coco_522418", "caption": c} for c in ("one", "two")]))
     test, train = data.read(tmp_path, "test"), data.read(tmp_path, "train")
@@ -43,7 +44,8 @@ def test_blips_schema(tmp_path):
 
 
 def test_real_coco_captions(shared, tmp_path):
-    (tmp_path / "coco_karpathy_test.json").symlink_to(shared / "data/captions/coco_karpathy_test.json")
+    name = "coco_karpathy_test.json"
+    (tmp_path / name).symlink_to(shared / "data/captions" / name)
     items = data.read(tmp_path, "test")
     assert len(items) == 5000 and all(5 <= len(x.captions) <= 7 for x in items)
 
@@ -121,14 +123,16 @@ def test_orientation_palette_transparency_and_animation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                        # the camera was turned: show it rotated by 90 degrees
     wide.save(tmp_path / "turned.png", exif=exif)
-    turned = (data.open_image(tmp_path / "turned.png") * 255).round().byte().permute(1, 2, 0).numpy()
+    turned = data.open_image(tmp_path / "turned.png") * 255
+    turned = turned.round().byte().permute(1, 2, 0).numpy()
     assert (turned == np.rot90(np.asarray(wide), -1)).all()
     p = Image.new("P", (2, 2), 1)
     p.putpalette([9, 9, 9, 200, 0, 0])
     p.save(tmp_path / "clear.gif", transparency=1)
     assert data.open_image(tmp_path / "clear.gif").min() == 1   # transparent: white
     black = Image.new("RGB", (2, 2))
-    Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[black])
+    red = Image.new("RGB", (2, 2), "red")
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[black])
     assert data.open_image(tmp_path / "moving.gif")[0].min() > .99
 
 
@@ -153,7 +157,8 @@ def test_rows_come_back(tmp_path):
     """Every character, also those at which other readers break a line."""
     path = tmp_path / "rows.jsonl"
     assert data.read_rows(path) == []
-    rows = [{"item": "a\u2028b\x85c\n", "caption": "ein Fu\u00dfg\u00e4nger"}, {"n": {"x": None}}, {"y": 1.5}]
+    rows = [{"item": "a\u2028b\x85c\n", "caption": "ein Fu\u00dfg\u00e4nger"},
+            {"n": {"x": None}}, {"y": 1.5}]
     data.append_rows(path, rows[:1])
     data.append_rows(str(path), rows[1:])
     assert data.read_rows(path) == rows and path.read_bytes().count(b"\n") == 3
@@ -188,11 +193,12 @@ def test_what_no_kill_leaves_is_refused(tmp_path, line):
         data.read_rows(path)
 
 
-def test_rows_of_an_item_are_one_write(tmp_path, monkeypatch):
+def test_rows_of_an_item_are_one_write(tmp_path):
     """Several processes append: their rows are whole, whoever comes first."""
     path = tmp_path / "rows.jsonl"
     code = ("import data, sys\nfor i in range(60):\n"
-            "    data.append_rows(sys.argv[1], [{'by': sys.argv[2], 'i': i, 'j': j} for j in range(20)])")
+            "    rows = [{'by': sys.argv[2], 'i': i, 'j': j} for j in range(20)]\n"
+            "    data.append_rows(sys.argv[1], rows)")
     command = [sys.executable, "-c", code, str(path)]
     root = Path(data.__file__).parent
     workers = [subprocess.Popen([*command, name], cwd=root) for name in "ab"]
@@ -228,8 +234,8 @@ def test_a_run_goes_on_only_as_it_began(tmp_path):
     assert data.same_settings(str(out), {"n": "10", "ckpt": "None", "new": "None"}) is True
     with pytest.raises(ValueError) as e:
         data.same_settings(out, {"n": "11", "ckpt": "x", "new": "1"})
-    assert str(e.value) == (f"{out} holds a run with other settings (n was 10, is 11; ckpt was None, "
-                            "is x; new was None, is 1): choose another --out")
+    assert str(e.value) == (f"{out} holds a run with other settings (n was 10, is 11; ckpt was "
+                            "None, is x; new was None, is 1): choose another --out")
     assert (out / "settings.json").read_bytes() == before
     assert [x.name for x in out.iterdir()] == ["settings.json"]
 
@@ -262,12 +268,18 @@ def small_coco(folder, images):
         archive.write(folder / "0.png", "val2014/COCO_val2014_000000000042.png")
     rows = [{"image": "val2014/COCO_val2014_000000000042.png", "caption": ["a ring"]}]
     (folder / "coco_karpathy_test.json").write_text(json.dumps(rows))
-    names = ("coco_karpathy_test.json", "val2014.zip")
-    return {f"file://{folder}/{x}": hashlib.md5((folder / x).read_bytes()).hexdigest() for x in names}
+    known = {}
+    for name in ("coco_karpathy_test.json", "val2014.zip"):
+        known[f"file://{folder}/{name}"] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    return known
 
 
 def commands_of(text):
     return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def shell(command, env=None):
+    return subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
 
 
 def stand_in(folder):
@@ -303,9 +315,8 @@ def test_the_commands_fetch_check_and_unpack(tmp_path, monkeypatch, capsys, imag
     assert data.main(["coco", "--root", str(root)]) == 1
     out = capsys.readouterr().out
     assert out.count(": missing\n") == 2 and not root.exists()
-    commands = commands_of(out)
-    for command in commands:
-        subprocess.run(command, shell=True, check=True, env=env)
+    for command in commands_of(out):
+        assert shell(command, env).returncode == 0
     assert data.main(["coco", "--root", str(root)]) == 0
     out = capsys.readouterr().out
     assert out.count("here, its MD5 is right") == 2 and not commands_of(out)
@@ -325,11 +336,12 @@ def test_the_commands_fetch_check_and_unpack(tmp_path, monkeypatch, capsys, imag
     assert data.main(["coco", "--root", str(root)]) == 1
     out = capsys.readouterr().out
     assert "val2014.zip: wrong or cut" in out and len(commands_of(out)) == 1
-    failed = subprocess.run(commands_of(out)[0], shell=True, env=env, capture_output=True, text=True)
-    assert failed.returncode and "FAILED" in failed.stdout and not any((root / "val2014").iterdir())
+    failed = shell(commands_of(out)[0], env)
+    assert failed.returncode and "FAILED" in failed.stdout
+    assert not any((root / "val2014").iterdir())
     whole = (tmp_path / "web/val2014.zip").read_bytes()
     (root / "val2014.zip").write_bytes(whole[:50])      # a cut one goes on
-    subprocess.run(commands_of(out)[0], shell=True, check=True, env=env)
+    assert shell(commands_of(out)[0], env).returncode == 0
     assert data.main(["coco", "--root", str(root)]) == 0
 
 
@@ -338,16 +350,15 @@ def test_the_pictures_of_nocaps(tmp_path, capsys):
     assert data.main(["nocaps", "--root", str(tmp_path)]) == 1
     first, second = commands_of(capsys.readouterr().out)
     assert re.match(r"wget -c -P \S+ https://nocaps.*nocaps_val_4500_captions.json$", first)
-    rows = [{"id": i, "file_name": f"{i}.jpg", "domain": "in-domain", "coco_url": f"https://x.org/{i}.jpg"}
-            for i in range(3)]
+    rows = [{"id": i, "file_name": f"{i}.jpg", "domain": "in-domain",
+             "coco_url": f"https://x.org/{i}.jpg"} for i in range(3)]
     path = tmp_path / "nocaps_val_4500_captions.json"
     path.write_text(json.dumps({"images": rows, "annotations": []}))
     assert data.main(["nocaps", "--root", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "3 of the 3 pictures" in out and commands_of(out) == [second]
     assert shlex.split(second)[-1] == str(tmp_path)
-    dry = second.replace("wget", "echo wget")
-    said = subprocess.run(dry, shell=True, check=True, capture_output=True, text=True).stdout.split()
+    said = shell(second.replace("wget", "echo wget")).stdout.split()
     assert said[-3:] == [row["coco_url"] for row in rows]
     for row in rows:
         (tmp_path / row["file_name"]).touch()
