@@ -166,8 +166,7 @@ class Fused(torch.autograd.Function):
             for i in range(0, len(weight), ctx.chunk):
                 j = i + ctx.chunk
                 prob = logits(h, weight, bias, i, j).sub_(lse).exp_()   # (N, C)
-                slope = torch.addmm(rest, g, table[i:j].to(h).T)        # (N, C)
-                dz = prob.mul_(slope)
+                dz = prob.mul_(torch.addmm(rest, g, table[i:j].to(h).T))
                 dh.addmm_(dz, weight[i:j].to(h))
                 if wants_weight:
                     dweight[i:j] = dz.T @ h
@@ -255,8 +254,9 @@ def project(rows, embeddings):
     count = torch.tensor([len(row) for row in rows])                # (V,)
     piece = torch.arange(len(rows)).repeat_interleave(count)
     token = torch.tensor(list(chain(*rows)))
-    m = torch.sparse_coo_tensor(torch.stack([piece, token]), (1 / count)[piece],
-                                (len(rows), len(e)), check_invariants=True)
+    share = 1 / count.to(e.dtype)[piece]
+    m = torch.sparse_coo_tensor(torch.stack([piece, token]), share, (len(rows), len(e)),
+                                check_invariants=True)
     return torch.sparse.mm(m.coalesce().to(e), e).to(embeddings.dtype)
 
 

@@ -61,13 +61,13 @@ class Samples:
         raise ValueError(f"{self.name}: none of them can be read")
 
 
-def held_out(place, samples, count):
+def held_out(place, training, count):
     """The first of the val split; None where the set has none apart from what is trained on."""
     try:
         held = Samples(place, "val")
     except ValueError:
         return None
-    if count < 1 or samples.items and held.items[0].path == samples.items[0].path:
+    if count < 1 or training.items and held.items[0].path == training.items[0].path:
         return None
     held.items = held.items[:count]
     return held
