@@ -83,7 +83,8 @@ def intervals(found):
     figures = {}
     for name, values in found.items():
         n = len(values)
-        means = values[rng.integers(n, size=(1000, n))].mean(1)
+        rows = rng.integers(n, size=(1000, n))
+        means = values[rows].mean(1)
         low, high = np.quantile(means, (.025, .975))
         figures[name] = (float(values.mean()), low, high, n)
     within, a, b, n = figures["captioner facts, in"]
