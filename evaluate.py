@@ -75,8 +75,6 @@ def flags(argv=None):
     args.judges = args.judges or ("none" if args.score else None)
     args.batch = args.batch or (40 if small else 10)
     args.data = args.data or ("miniature" if small else None)
-    if args.limit is None and args.data == "miniature":
-        args.limit = 100
     if args.score and not args.refs:
         p.error("--score needs --refs")
     if args.labelfree and not (args.images and args.captions):
@@ -321,7 +319,8 @@ def main(args):
         args.out.mkdir(parents=True, exist_ok=True)
         plot(results["findings"], args.out / "figure.png")
     else:
-        items = items_of(args.data, args.split, args.limit)
+        limit = args.limit or (100 if args.data == "miniature" else None)
+        items = items_of(args.data, args.split, limit)
         if args.inception and args.only != "captions":
             try:
                 judges.inception_weights(args.inception)       # now, not after the work

@@ -1,13 +1,14 @@
 """The rows of the paper's tables: scores of captions and of pictures, by domain.
 
-    notes = []
-    rows = of_captions(items, captions, "miniature", "cpu", notes)        # Table 3
-    rows = of_pictures(items, files, "miniature", "cpu", notes)           # Table 4
+    notes = []                                                     # what can't be had, and why
+    items, captions = matched("captions.json", "references.json", notes)
+    rows = of_captions(items, captions, "hub", "cuda", notes)      # Table 3
+    rows = of_pictures(items, files, "hub", "cuda", notes)         # Table 4
     print(text("captions", rows, CAPTIONS))
 
-Items have captions (the references), a path (of the picture), a domain, as data.Item. rows is
-{domain: {score: value, or {value, low, high}, or None where it can't be had; n: items}}. What can't
-be had is said in notes. Copy this file with data.py, judges.py, loading.py and metrics.py.
+Items are data.Items: captions (the references), path (of the picture), domain. rows is {domain: {n:
+items, score: value, or {value, low, high} with ci, or None where it can't be had}}. Copy this file
+with data.py, judges.py, loading.py and metrics.py.
 """
 import math
 import re
@@ -56,13 +57,14 @@ def of_pictures(items, files, place, device, notes, inception=None, ci=False):
     read = []
     for item, file in zip(items, files):
         try:
-            pair = [data.open_image(path)[None] for path in (file, item.path)]
+            drawn = data.open_image(file)[None]                         # (1, 3, H, W)
+            real = data.open_image(item.path)[None]
         except ValueError as e:
             notes.append(f"skipped {e}")
             continue
         read.append(item)
         for name, encode in encoders.items():
-            vectors[name].append(np.concatenate([encode(image) for image in pair]))
+            vectors[name].append(np.concatenate([encode(drawn), encode(real)]))
     if not read:
         raise ValueError(f"none of the {len(items)} pictures can be read")
     pairs = {name: np.stack(rows) for name, rows in vectors.items()}    # (n, 2, D)
@@ -92,7 +94,8 @@ def likenesses(captions, references, place, device, notes, glove=None):
     """How alike n captions are to their references, on the mean: {"CLIP", "SBERT", "WMD": (n,)},
     higher is more alike, nan where no word of it has a vector."""
     out = {}
-    for name, judge in load_judges(("clip", "sbert"), "text", place, device, notes).items():
+    found = load_judges(("clip", "sbert"), "text", place, device, notes)
+    for name, judge in found.items():
         each = [judge.alike([c] * len(r), r).mean() for c, r in zip(captions, references)]
         out[name] = np.array(each)
     if not glove:
@@ -102,15 +105,17 @@ def likenesses(captions, references, place, device, notes, glove=None):
     repeated = np.repeat(captions, sizes).tolist()
     distances = metrics.movers(glove, repeated, list(chain(*references)))
     each = np.split(distances, np.cumsum(sizes)[:-1])
-    return out | {"WMD": np.array([score_of("WMD", values) for values in each])}
+    out["WMD"] = np.array([score_of("WMD", values) for values in each])
+    return out
 
 
 def picture_likenesses(files, paths, place, device, notes):
     """How alike n pictures are to n others: {"CLIP", "DINO": (n,)}, higher is more alike."""
     found = load_judges(("clip", "dino"), "image", place, device, notes)
     out = {name: [] for name in found}
-    for pair in zip(files, paths):
-        drawn, real = [data.open_image(path)[None] for path in pair]
+    for file, path in zip(files, paths):
+        drawn = data.open_image(file)[None]
+        real = data.open_image(path)[None]
         for name, judge in found.items():
             out[name] += judge.alike(drawn, real).tolist()
     return {name: np.array(values) for name, values in out.items()}
@@ -126,7 +131,7 @@ def by_domain(items):
 
 
 def rows_of(items, scores, names, ci=False):
-    """scores: {name: values of the items, or what score_of makes one of}."""
+    """{domain: {n, name: score}}; scores: {name: values (n, ...) of n items}, as score_of takes."""
     out = {}
     for domain, rows in by_domain(items).items():
         out[domain] = {"n": len(rows)} | dict.fromkeys(names)
@@ -142,16 +147,21 @@ def score_of(name, values):
     """One number of the values (n, ...) of n items."""
     scale = 100 if name in HUNDRED else 1
     if name.startswith("B@"):
-        return scale * float(metrics.bleu(values.sum(0))[int(name[2:]) - 1])
+        four = metrics.bleu(values.sum(0))
+        return scale * float(four[int(name[2:]) - 1])
     if name in ("FID", "FD-DINO"):
         return metrics.frechet(values[:, 0], values[:, 1])
     if name == "IS":
         return metrics.inception_score(values)[0]
-    return scale * float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    if not np.isfinite(values).any():
+        return math.nan
+    return scale * float(np.nanmean(values))
 
 
 def with_interval(name, values):
-    low, high = metrics.resampled(lambda rows: score_of(name, values[rows]), len(values))
+    def resample(rows):
+        return score_of(name, values[rows])
+    low, high = metrics.resampled(resample, len(values))
     return {"value": score_of(name, values), "low": low, "high": high}
 
 
@@ -159,7 +169,7 @@ def text(title, rows, names):
     """Rows as a table of columns."""
     grid = [[title, "n", *names]]
     for name, row in rows.items():
-        cells = [cell(row[c], 1 if c in HUNDRED else 3) for c in names]
+        cells = [cell(c, row[c]) for c in names]
         grid.append([name, str(row["n"]), *cells])
     widths = [max(map(len, column)) for column in zip(*grid)]
     lines = []
@@ -169,9 +179,10 @@ def text(title, rows, names):
     return "\n".join(lines)
 
 
-def cell(value, digits):
+def cell(name, value):
     if value is None:
         return "-"
+    digits = 1 if name in HUNDRED else 3
     if isinstance(value, dict):
         return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value.values(), d=digits)
     return f"{value:.{digits}f}"
@@ -201,24 +212,29 @@ def captions_in(path):
     BLIP's files, {image: caption or captions}. Raises ValueError for others."""
     found = data.load_json(path)
     domains = {}
+    out = {}
     try:
-        if isinstance(found, list):
-            pairs = [(x.get("image") or x["image_id"], x["caption"]) for x in found]
-        elif "annotations" in found:
-            pairs = [(x["image_id"], x["caption"]) for x in found["annotations"]]
+        if isinstance(found, list):                                  # COCO's results, BLIP's rows
+            images = [x.get("image") or x["image_id"] for x in found]
+            captions = [x["caption"] for x in found]
+        elif "annotations" in found:                                 # COCO, NoCaps
+            images = [x["image_id"] for x in found["annotations"]]
+            captions = [x["caption"] for x in found["annotations"]]
             domains = {key(x["id"]): x.get("domain") for x in found.get("images", ())}
-        elif "images" in found:
-            pairs = [(x.get("cocoid") or x["imgid"], x["sentences"]) for x in found["images"]]
+        elif "images" in found:                                      # Karpathy's
+            images = [x.get("cocoid") or x["imgid"] for x in found["images"]]
+            captions = [x["sentences"] for x in found["images"]]
         else:
-            pairs = list(found.items())
-        out = {}
-        for image, (_, said) in zip(keys([image for image, _ in pairs], path), pairs):
-            said = [said] if isinstance(said, str) else said
-            out.setdefault(image, []).extend(c if isinstance(c, str) else c["raw"] for c in said)
+            images, captions = found.keys(), found.values()
+        for image, some in zip(keys(images, path), captions):
+            if isinstance(some, str):
+                some = [some]
+            texts = [c if isinstance(c, str) else c["raw"] for c in some]
+            out.setdefault(image, []).extend(texts)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: expected [{{image_id, caption}}, ...], COCO annotations, "
                          "Karpathy's rows, or {image: captions}") from e
-    return {image: captions for image, captions in out.items() if captions}, domains
+    return {image: texts for image, texts in out.items() if texts}, domains
 
 
 def matched(path, source, notes):
@@ -227,8 +243,8 @@ def matched(path, source, notes):
     references, domains = captions_in(source)
     names = [x for x in said if x in references]
     if not names:
-        raise ValueError(f"no image of {path} is in {source} (such as {next(iter(said), None)!r} "
-                         f"and {next(iter(references), None)!r})")
+        one, other = next(iter(said), None), next(iter(references), None)
+        raise ValueError(f"no image of {path} is in {source} (such as {one!r} and {other!r})")
     if not len(names) == len(said) == len(references):
         notes.append(f"{len(said) - len(names)} captions have no references, "
                      f"{len(references) - len(names)} images no caption")
