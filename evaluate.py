@@ -317,7 +317,10 @@ def main(args):
         items = items_of(args.data, args.split)
         results = findings(args.findings, items, args.judges, device, notes, args.glove)
         args.out.mkdir(parents=True, exist_ok=True)
-        plot(results["findings"], args.out / "figure.png")
+        try:
+            plot(results["findings"], args.out / "figure.png")
+        except ImportError:
+            notes.append("no figure.png: pip install matplotlib")
     else:
         limit = args.limit or (100 if args.data == "miniature" else None)
         items = items_of(args.data, args.split, limit)
