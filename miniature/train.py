@@ -529,11 +529,11 @@ def check(args):
             redrawn = torch.cat([generator.decode(generator.encode(x)[0]) for x in images.split(100)]).clamp(0, 1)
         for name, seen in (("real", images), ("vae", redrawn)):
             found[f"{name} pairs, {domain}"] = np.array(
-                [world.pairs(a) == world.pairs(b) for a, b in zip(world.look(eye, seen), scenes)])
+                [world.colour_shapes(a) == world.colour_shapes(b) for a, b in zip(world.read_back(eye, seen), scenes)])
         prompts = [world.full_caption(s) for s in scenes]
         drawn = generator.draw(prompts, seed=1, steps=args.steps, guidance=args.guidance, batch=50)
-        read_back = [world.pairs(s) for s in world.look(eye, drawn)]
-        found[f"generator pairs, {domain}"] = np.array([a == world.pairs(b) for a, b in zip(read_back, scenes)])
+        read_back = [world.colour_shapes(s) for s in world.read_back(eye, drawn)]
+        found[f"generator pairs, {domain}"] = np.array([a == world.colour_shapes(b) for a, b in zip(read_back, scenes)])
         sheet(list(images[:12]) + list(redrawn[:12]) + list(drawn[:60]), args.work / f"check_{domain}.png", 12)
         for caption, row in list(zip(prompts, read_back))[:3]:
             print(f"  {caption!r}: read back as {row}", flush=True)

@@ -50,8 +50,8 @@ def test_training_from_nothing_gives_directories_that_load(tmp_path, monkeypatch
 
 def test_the_reader_reads_pictures(images, scenes):
     model = world.reader(ROOT / "miniature/reader/model.safetensors")
-    for seen, scene in zip(world.look(model, images), scenes):
-        assert world.pairs(seen) == world.pairs(scene) and seen["ground"] == scene["ground"]
+    for seen, scene in zip(world.read_back(model, images), scenes):
+        assert world.colour_shapes(seen) == world.colour_shapes(scene) and seen["ground"] == scene["ground"]
         for o in scene["objects"]:
             assert any(abs(o["x"] - s["x"]) < 3 and abs(o["y"] - s["y"]) < 3 and s["size"] == o["size"]
                        for s in seen["objects"])
