@@ -20,7 +20,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def scenes():
-    import world
+    from miniature import world
     return [world.sample("test", i) for i in range(6)]
 
 
@@ -29,7 +29,7 @@ def images(scenes):
     """Six pictures of the miniature world: (6, 3, 32, 32) in [0, 1]."""
     import torch
 
-    import world
+    from miniature import world
     return torch.stack([torch.from_numpy(world.draw(s).copy()).permute(2, 0, 1) / 255 for s in scenes])
 
 
