@@ -316,7 +316,7 @@ class Captioner2(Captioner):
 
 def resized(size, height, width):
     """(height, width) that a processor's `size` {name: pixels or None} makes of a picture's."""
-    from transformers import image_transforms
+    from transformers import image_transforms, image_utils
     if size.get("shortest_edge") and size.get("longest_edge"):
         return image_transforms.get_size_with_aspect_ratio(
             (height, width), size["shortest_edge"], size["longest_edge"])
@@ -324,7 +324,7 @@ def resized(size, height, width):
         short = min(height, width)
         return tuple(int(size["shortest_edge"] * s / short) for s in (height, width))
     if size.get("max_height") and size.get("max_width"):
-        return image_transforms.get_image_size_for_max_height_width(
+        return image_utils.get_image_size_for_max_height_width(
             (height, width), size["max_height"], size["max_width"])
     return size["height"], size["width"]
 

@@ -1,11 +1,7 @@
 """The figures of RESULTS.md and README.md, drawn by lab.report from the same JSON."""
-import base64
-import io
 import re
 
 import numpy as np
-
-from miniature import world
 
 DOMAINS = ("in", "near", "out")
 LABELS = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
@@ -26,8 +22,6 @@ def draw(folder, found):
         save(price(found["scorers"]), folder / "scorers.png")
     if "joint" in found:
         save(trained(found["joint"]["rows"]), folder / "joint.png")
-        if found["joint"]["shown"]:
-            save(before_and_after(found["joint"]["shown"]), folder / "taught.png")
 
 
 def save(figure, path):
@@ -68,9 +62,10 @@ def price(found):
         label = "denoise, " + ", ".join(key.split()[1] for key in family) + " noises"
         axis.plot(evaluations, gains, marker="o", ms=3, label=label)
         for key in ("clip", "dino", "few", "denoise"):
-            gain, interval = rows[key][domain]["gain"], rows[key][domain]["interval"]
-            axis.errorbar(rows[key]["evaluations"], gain, np.abs(np.subtract(interval, gain))[:, None],
-                          marker="s", ms=4, label=LABELS[key])
+            gain = rows[key][domain]["gain"]
+            ends = np.abs(np.subtract(rows[key][domain]["interval"], gain))
+            axis.errorbar(rows[key]["evaluations"], gain, ends[:, None], marker="s", ms=4,
+                          label=LABELS[key])
         beam = found["beam"][domain]["value"] - rows["clip"][domain]["mean"]
         axis.axhline(beam, color="grey", ls=":", label="beam search")
         axis.axhline(rows["clipscore"][domain]["gain"], color="tan", ls="--",
@@ -89,39 +84,16 @@ def trained(rows):
     figure, axes = panels(1, 2, (12, 4.4), sharey=True)
     for axis, measure in zip(axes, ("CIDEr", "facts")):
         for i, domain in enumerate(DOMAINS):
+            place = np.arange(len(names)) + .2 * (i - 1)
             found = [rows[key][domain][f"{measure} minus none"] for key in names]
             value = np.array([x["value"] for x in found])
-            ends = [[x["low"] for x in found], [x["high"] for x in found]]
-            axis.errorbar(value, np.arange(len(names)) + .2 * (i - 1), fmt="o", ms=4, label=domain,
-                          xerr=np.abs(np.subtract(ends, value)))
+            low = np.array([x["low"] for x in found])
+            high = np.array([x["high"] for x in found])
+            axis.errorbar(value, place, xerr=[value - low, high - value], fmt="o", ms=4,
+                          label=domain)
         axis.axvline(0, color="grey", lw=1)
         axis.set(title=f"{measure}: trained - not trained", yticks=range(len(names)))
     axes[0].set_yticklabels(names, fontsize=8)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8, loc="lower right")
     return figure
-
-
-def before_and_after(shown):
-    """Scenes with their captions, and drawings of a human caption, before and after training."""
-    figure, axes = panels(len(shown), 4, (11, 1.9 * len(shown)), squeeze=False,
-                          width_ratios=(1, 2.6, 1, 1))
-    for row, x in zip(axes, shown):
-        row[0].imshow(world.draw(world.sample(*x["scene"])))
-        lines = []
-        for when, caption, facts in zip(("before", "after"), x["captions"], x["facts"]):
-            lines.append(f"{when}: {caption}\n   {facts:.0%} true")
-        lines.append(f"human: {x['human']}")
-        row[1].text(0, .5, "\n".join(lines), va="center", fontsize=8, wrap=True)
-        for axis, drawing in zip(row[2:], x["drawings"]):
-            axis.imshow(read_png(drawing))
-        for axis in row:
-            axis.axis("off")
-    for axis, title in zip(axes[0], ("the picture", "its caption", "drawn: before", "after")):
-        axis.set_title(title, fontsize=8)
-    return figure
-
-
-def read_png(text):
-    import matplotlib.pyplot as plt
-    return plt.imread(io.BytesIO(base64.b64decode(text)))

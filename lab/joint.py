@@ -80,6 +80,9 @@ class Settings(NamedTuple):
     tr: float
     steps: int
 
+    def said(self):
+        return f"lr {self.lr:g}, ir {self.ir:g}, tr {self.tr:g}, {self.steps} steps"
+
 
 # ---------------------------------------------------------------- training
 def losses_in(flags):
@@ -102,13 +105,14 @@ def train(argv, out):
     return {"argv": argv}
 
 
-def folder(lab, name):
-    return str(lab.work / "joint" / name)
+def folder(lab, run):
+    return str(lab.work / "joint" / run)
 
 
 def train_all(lab, runs):
-    """Trains {name: command line}."""
-    lab.measured("trained", train, {name: (argv, folder(lab, name)) for name, argv in runs.items()})
+    """Trains {run: command line}."""
+    jobs = {run: (argv, folder(lab, run)) for run, argv in runs.items()}
+    lab.measured("trained", train, jobs)
 
 
 # ---------------------------------------------------------------- what it did
@@ -171,7 +175,8 @@ def examined(lab, wanted):
 
 def measures(rows):
     """{measure: (items,)}, nan where it was not taken; CIDEr x 100 by the rows' own captions."""
-    captions, references = [[row["caption"]] for row in rows], [row["references"] for row in rows]
+    captions = [[row["caption"]] for row in rows]
+    references = [row["references"] for row in rows]
     found = {"CIDEr": metrics.caption_quality(captions, references)[:, 0]}
     for measure in ("facts", "ig", "pairs"):
         found[measure] = np.array([row.get(measure, np.nan) for row in rows])
@@ -189,8 +194,7 @@ def best(lab, tried, generator, name, start, **values):
     drawn = lab.count(50) if name == "ig" else 0
     for some in itertools.product(*values.values()):
         settings = start._replace(**dict(zip(values, some)))
-        said = ", ".join(f"{key} {value:g}" for key, value in settings._asdict().items())
-        options[f"{name}, {said}"] = settings
+        options[f"{name}, {settings.said()}"] = settings
     for option, settings in options.items():
         for seed in (98, 99):
             run = f"val {option}, seed {seed}"
@@ -233,8 +237,8 @@ def committed(lab):
     """What the committed run chose, in as many steps as this share has."""
     found = data.load_json(keep.HERE / "results/variants.json")["chosen"]
     for like in ("paired", "own", "known"):
-        x = found[like]
-        found[like] = Settings(x["lr"], x["ir"], found["tr"], lab.count(x["steps"]))
+        steps = lab.count(found[like].pop("steps"))
+        found[like] = Settings(tr=found["tr"], steps=steps, **found[like])
     return found, {}
 
 
@@ -243,15 +247,18 @@ def taught(lab, names):
     """What is kept of rows of TABLE and VARIANTS: each measure by domain, and its difference to
     the untrained and to the row that it has to beat, over seeds."""
     chosen, tried = tuned(lab) if lab.share == 1 else committed(lab)
-    runs, wanted = {}, {"none": ("", UNSEEN, lab.count(300), lab.count(100))}
-    for name, seed in itertools.product(names, range(SEEDS)):
+    count, drawn = lab.count(300), lab.count(100)
+    runs, wanted = {}, {"none": ("", UNSEEN, count, drawn)}
+    for name in names:
         row = ROWS[name]
         settings = chosen[row.like]
-        settings = settings._replace(lr=chosen["kv"].get(name, settings.lr))
-        run = f"{name} {seed}"
-        runs[run] = command(row, settings, chosen["generator"], seed)
-        drawn = lab.count(100) if trains_generator(row) else 0
-        wanted[run] = (folder(lab, run), UNSEEN, lab.count(300), drawn)
+        if name in chosen["kv"]:
+            settings = settings._replace(lr=chosen["kv"][name])
+        few = drawn if trains_generator(row) else 0
+        for seed in range(SEEDS):
+            run = f"{name} {seed}"
+            runs[run] = command(row, settings, chosen["generator"], seed)
+            wanted[run] = (folder(lab, run), UNSEEN, count, few)
     train_all(lab, runs)
     scenes = examined(lab, wanted)
     found = {"none": stacked([scenes["none"]])}
@@ -282,27 +289,31 @@ def trains_generator(row):
 def stacked(seeds):
     """{measure: (seeds, items)} of each seed's scenes."""
     each = [measures(rows) for rows in seeds]
-    return {measure: np.stack([x[measure] for x in each]) for measure in each[0]}
+    found = {}
+    for measure in each[0]:
+        found[measure] = np.stack([x[measure] for x in each])
+    return found
 
 
 def compared(name, found, at):
     """{measure: mean, and of its differences} of a row's items `at`, of those that were taken."""
-    out = {}
     row = ROWS.get(name, Row("", ""))
+    out = {}
     for measure, values in found[name].items():
-        at_own = at & ~np.isnan(values[0])
-        if not at_own.any():
+        taken = at & ~np.isnan(values[0])
+        if not taken.any():
             continue
+        out[measure] = over_seeds(values[:, taken])
         others = {"none": "none", "alone": row.alone}
         if measure in ("ig", "pairs"):
             others["alone"] = row.drawn
         if name.startswith(KV[0]):
             others["queries"] = OWN_ROW
-        out[measure] = over_seeds(values[:, at_own])
         for key, other in others.items():
-            if other in found and not np.isnan(found[other][measure][:, at_own]).any():
-                gap = values[:, at_own] - found[other][measure][:, at_own]
-                out[f"{measure} minus {key}"] = over_seeds(gap)
+            if other not in found or np.isnan(found[other][measure][0, taken]).any():
+                continue
+            gap = values - found[other][measure]                          # (seeds, items)
+            out[f"{measure} minus {key}"] = over_seeds(gap[:, taken])
     return out
 
 

@@ -57,7 +57,7 @@ class Lab:
 
     def count(self, full):
         """How many of what the committed run counts `full` of."""
-        return max(2, round(self.share * full))
+        return max(1, round(self.share * full))
 
     def measured(self, name, work, jobs):
         """Rows of work(*job), a dict each, for jobs {key: job}: by processes of one thread each.
@@ -73,6 +73,8 @@ class Lab:
                 for row in tqdm(pool.imap(do, left), total=len(left), desc=name):
                     data.append_rows(path, [row])
                     rows[row["key"]] = row
+                pool.close()
+                pool.join()
         return [rows[key] for key in jobs]
 
     def keep(self, part, found):

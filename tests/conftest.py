@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository on the path, one thread (results must not hang on their number), no network."""
+"""Shared by all tests: the repository on the path, one thread (results must not hang on their
+number), no network."""
 import os
 import sys
 from pathlib import Path
@@ -6,15 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"                     # the planning folder beside a checkout; absent in a clone
+SHARED = ROOT.parent / "shared"                  # the planning folder; absent in a clone
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"              # of what the tests start, too
 
 
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():
-        pytest.skip("../shared (real vocabularies, captions, photographs) is not beside this clone")
+        pytest.skip("../shared (vocabularies, captions, photographs) is not beside this clone")
     return SHARED
 
 
@@ -30,19 +32,20 @@ def images(scenes):
     import torch
 
     from miniature import world
-    return torch.stack([torch.from_numpy(world.draw(s).copy()).permute(2, 0, 1) / 255 for s in scenes])
+    pictures = [torch.from_numpy(world.draw(s).copy()) for s in scenes]
+    return torch.stack(pictures).permute(0, 3, 1, 2) / 255
 
 
 @pytest.fixture(scope="session")
 def captioner():
-    import cycle
-    return cycle.Captioner.load("miniature", "cpu")
+    from captioners import Captioner
+    return Captioner.load("miniature", "cpu")
 
 
 @pytest.fixture(scope="session")
 def generator():
-    import cycle
-    return cycle.Generator.load("miniature", "cpu")
+    from generators import Generator
+    return Generator.load("miniature", "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +57,7 @@ def layouts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def blip2(tmp_path_factory):
-    """A small random BLIP-2 in the layout of Salesforce/blip2-opt-2.7b: byte-level BPE, OPT, 6 query tokens, 28 px."""
+    """A small random BLIP-2 in the layout of Salesforce/blip2-opt-2.7b: 6 query tokens, 28 px."""
     from layouts import blip2
     folder = tmp_path_factory.mktemp("blip2")
     blip2(folder)

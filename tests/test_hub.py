@@ -18,8 +18,10 @@ from hub import LARGE, Fault, Hub
 from layouts import BLIP2, CLIP, DINO, SBERT, SD14, TAESD, TURBO, VITB, VITL
 from PIL import Image
 
-import cycle
-import metrics
+import captioners
+import generators
+import judges
+import loading
 
 PARTS = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
          "text_encoder/model.safetensors"}
@@ -82,16 +84,16 @@ def nowhere():
 
 
 def captioner(name):
-    return cycle.Captioner.load(str(name), "cpu")
+    return captioners.Captioner.load(str(name), "cpu")
 
 
 def generator(name):
-    return cycle.Generator.load(str(name), "cpu")
+    return generators.Generator.load(str(name), "cpu")
 
 
-def judges(*names, kind="image"):
+def absent(*names, kind="image"):
     """Why which of them are absent."""
-    return metrics.likenesses(names, kind, "hub", resolve=cycle.resolve).absent
+    return judges.load(names, kind, "hub")[1]
 
 
 def load(name, layouts):
@@ -101,9 +103,9 @@ def load(name, layouts):
     if name in (SD14, TURBO):
         return generator(name)
     if name == TAESD:
-        return cycle.tiny_vae("tiny", generator(layouts / SD14))
+        return generators.tiny_vae("tiny", generator(layouts / SD14))
     judge, kind = {CLIP: ("clip", "image"), DINO: ("dino", "image"), SBERT: ("sbert", "text")}[name]
-    assert not judges(judge, kind=kind)
+    assert not absent(judge, kind=kind)
     return None
 
 
@@ -161,9 +163,8 @@ def test_pickled_weights_from_the_hub_and_from_a_folder_are_the_same(hub, layout
         if name == VITB:
             own = captioner(place).model.state_dict()
         else:
-            folder, options = cycle.resolve(place, {}, "judge")
-            own = metrics.Encoder("clip", folder, ("image", "text"), "cpu",
-                                  options).model.state_dict()
+            folder, options = loading.resolve(place, {}, "judge")
+            own = judges.Encoder("clip", folder, "both", "cpu", options).model.state_dict()
         shared = [key for key in own if key in truth]
         assert len(shared) > 60 and all(torch.equal(own[key], truth[key]) for key in shared)
 
@@ -248,8 +249,8 @@ def test_gated_names_the_page_where_access_is_granted(hub, kind, files):
         assert re.search(places(hub, name), line)
     assert not any(str(code) in line for code in ("Traceback", "HTTPStatusError"))
     hub.faults[CLIP] = Fault(kind, files.replace("safetensors", "bin"))
-    absent = judges("clip")
-    assert CLIP in absent["clip"] and "\n" not in absent["clip"]
+    missing = absent("clip")
+    assert CLIP in missing["clip"] and "\n" not in missing["clip"]
 
 
 @pytest.mark.parametrize("name", ["Salesforce/blip-image-captioning-bse", "nobody/nothing"])
@@ -354,8 +355,9 @@ def test_offline_with_an_empty_cache(hub, monkeypatch):
     told(monkeypatch, HF_HUB_OFFLINE=True)
     for load_it, name in ((captioner, "vitb"), (generator, "sd14")):
         refused(lambda load_it=load_it, name=name: load_it(name), name)
-    absent = judges("clip", "dino", "pixel")
-    assert set(absent) == {"clip", "dino"} and not any("\n" in line for line in absent.values())
+    missing = absent("clip", "dino", "pixel")
+    assert set(missing) == {"clip", "dino"}
+    assert not any("\n" in line for line in missing.values())
     assert not hub.log and not hub.waited
 
 
@@ -363,7 +365,7 @@ def test_no_network_and_an_empty_cache(hub, monkeypatch):
     lies_at(monkeypatch, nowhere())
     for load_it, name in ((captioner, "vitb"), (generator, "sd14")):
         refused(lambda load_it=load_it, name=name: load_it(name), name)
-    assert set(judges("clip")) == {"clip"}
+    assert set(absent("clip")) == {"clip"}
     assert sum(hub.waited) < 10
 
 

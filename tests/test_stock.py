@@ -10,8 +10,11 @@ from conftest import SHARED
 from layouts import BLIP2, CLIP, DINO, SBERT, SD14, TAESD, TURBO, VITB, VITL
 from PIL import Image
 
+import captioners
 import cycle
-import metrics
+import generators
+import judges
+import loading
 
 TEXTS = ["a small red ball on the grass", "", "two very large blue rings " * 30]
 NEAR = 4 / 255                               # the libraries resize in 8 bit, once in each direction
@@ -59,9 +62,9 @@ def near(ours, theirs, std=.2613):
     assert (ours - theirs).abs().max() * std < NEAR
 
 
-def judge(name, folder, *towers):
-    place, options = cycle.resolve(str(folder), {}, "judge")
-    return metrics.Encoder(name, place, towers, "cpu", options)
+def judge(name, folder, kind):
+    place, options = loading.resolve(str(folder), {}, "judge")
+    return judges.Encoder(name, place, kind, "cpu", options)
 
 
 def changed(source, folder, **config):
@@ -75,7 +78,7 @@ def changed(source, folder, **config):
 # ---------------------------------------------------------------- pixels
 @pytest.mark.parametrize("name", [VITB, VITL, BLIP2])
 def test_a_captioner_sees_what_the_stock_one_sees(layouts, photo, name):
-    ours = cycle.Captioner.load(layouts / name, "cpu").pixels([tensor(photo)])
+    ours = captioners.Captioner.load(layouts / name, "cpu").pixels([tensor(photo)])
     near(ours, stock_view(layouts / name, photo))
 
 
@@ -98,7 +101,7 @@ def test_every_shape_of_size_and_crop(layouts, photo, tmp_path, side, view):
     source = layouts / (VITB if side == "captioner" else CLIP)
     folder = changed(source, tmp_path / "model", **{"do_center_crop": False} | VIEWS[view])
     if side == "captioner":
-        ours = cycle.Captioner.load(folder, "cpu").pixels([tensor(photo)])
+        ours = captioners.Captioner.load(folder, "cpu").pixels([tensor(photo)])
     else:
         ours = judge("clip", folder, "image").pixels(tensor(photo)[None])
     near(ours, stock_view(folder, photo))
@@ -115,14 +118,14 @@ def test_blips_prompt_is_the_stock_one(layouts, photo, name, monkeypatch):
                         lambda **given: seen.append(given["input_ids"].tolist()))
     model.generate(**AutoProcessor.from_pretrained(layouts / name)(photo, "a picture of",
                                                                    return_tensors="pt"))
-    assert seen == [[cycle.Captioner.load(layouts / name, "cpu").prompt]]
+    assert seen == [[captioners.Captioner.load(layouts / name, "cpu").prompt]]
 
 
 def test_blip2s_prompt_is_the_stock_one(layouts, photo):
     from transformers import AutoProcessor
     processor = AutoProcessor.from_pretrained(layouts / BLIP2)
     ids = processor(photo, "a photo of", return_tensors="pt").input_ids[0].tolist()
-    captioner = cycle.Captioner.load(layouts / BLIP2, "cpu")
+    captioner = captioners.Captioner.load(layouts / BLIP2, "cpu")
     image = captioner.model.config.image_token_id
     assert ids == [image] * captioner.model.config.num_query_tokens + captioner.prompt
 
@@ -130,7 +133,7 @@ def test_blip2s_prompt_is_the_stock_one(layouts, photo):
 @pytest.mark.parametrize("name", [VITB, VITL, BLIP2])
 def test_beam_search_is_stock_on_equal_pixels(layouts, photo, name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    captioner = cycle.Captioner.load(layouts / name, "cpu")
+    captioner = captioners.Captioner.load(layouts / name, "cpu")
     model = AutoModelForImageTextToText.from_pretrained(layouts / name).eval()
     processor = AutoProcessor.from_pretrained(layouts / name)
     prompt = "a photo of" if name == BLIP2 else "a picture of"
@@ -158,21 +161,21 @@ def test_judges_are_the_stock_encoders(layouts, photo):
     clip = CLIPModel.from_pretrained(layouts / CLIP).eval()
     dino = ViTModel.from_pretrained(layouts / DINO, add_pooling_layer=False).eval()
     sbert = BertModel.from_pretrained(layouts / SBERT, add_pooling_layer=False).eval()
-    see_and_read = judge("clip", layouts / CLIP, "image", "text")
+    see_and_read = judge("clip", layouts / CLIP, "both")
     see = judge("dino", layouts / DINO, "image")
     read = judge("sbert", layouts / SBERT, "text")
     words = {name: AutoTokenizer.from_pretrained(layouts / name) for name in (CLIP, SBERT)}
     x, pairs = tensor(small)[None], []
     with torch.no_grad():
         view = stock_view(layouts / CLIP, small)
-        pairs.append((see_and_read.images(x), clip.vision_model(view)[1]))
+        pairs.append((see_and_read.embed(x), clip.vision_model(view)[1]))
         view = stock_view(layouts / DINO, small, size={"height": 384, "width": 384})
-        pairs.append((see.images(x), dino(view, interpolate_pos_encoding=True)[0][:, 0]))
+        pairs.append((see.embed(x), dino(view, interpolate_pos_encoding=True)[0][:, 0]))
         for text in (TEXTS[0], TEXTS[2]):
             given = words[CLIP](text, truncation=True, return_tensors="pt")
-            pairs.append((see_and_read.texts([text]), clip.text_model(**given)[1]))
+            pairs.append((see_and_read.embed([text]), clip.text_model(**given)[1]))
             given = words[SBERT](text, truncation=True, max_length=256, return_tensors="pt")
-            pairs.append((read.texts([text]), sbert(**given)[0].mean(1)))
+            pairs.append((read.embed([text]), sbert(**given)[0].mean(1)))
     for a, b in pairs:
         assert torch.cosine_similarity(a, b.double()) > .9999
 
@@ -188,7 +191,7 @@ def both(request, layouts):
                                                      requires_safety_checker=False,
                                                      low_cpu_mem_usage=False)
     theirs.set_progress_bar_config(disable=True)
-    return cycle.Generator.load(layouts / request.param, "cpu"), theirs
+    return generators.Generator.load(layouts / request.param, "cpu"), theirs
 
 
 def drawn(pipe, steps, guidance):
@@ -225,5 +228,5 @@ def test_few_steps_and_a_tiny_decoder_are_the_stock_recipe(layouts):
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.vae = AutoencoderTiny.from_pretrained(layouts / TAESD, low_cpu_mem_usage=False)
-    ours = cycle.few_steps(cycle.Generator.load(layouts / SD14, "cpu"), layouts / TAESD)
+    ours = generators.few_steps(generators.Generator.load(layouts / SD14, "cpu"), layouts / TAESD)
     assert (ours.draw(TEXTS, seed=0, steps=3) - drawn(theirs, 3, 7.5)).abs().max() < 1e-4
