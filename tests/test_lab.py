@@ -101,7 +101,8 @@ def square(x):
 
 def test_what_is_measured_is_not_measured_again(tmp_path):
     lab = keep.Lab(1, 1, tmp_path, tmp_path)
-    (tmp_path / "some.jsonl").write_text('{"key": "a", "square": 7}\n{"key": "b", "squ')     # cut by a kill
+    cut = '{"key": "a", "square": 7}\n{"key": "b", "squ'                 # by a kill
+    (tmp_path / "some.jsonl").write_text(cut)
     for _ in range(2):
         rows = lab.measured("some", square, {"b": (3,), "a": (2,)})
         assert [row["square"] for row in rows] == [9, 7]
@@ -181,7 +182,8 @@ def test_candidates_are_those_of_rerank(tmp_path):
     found = findings.of_picture("0", "in", 0)
     assert found["captions"][:10] == [row["caption"] for row in rows]
     for name in ("clip", "pixel", "clipscore", "likelihood"):
-        assert found["scores"][name] == pytest.approx([row["scores"][name] for row in rows], abs=1e-4)
+        theirs = [row["scores"][name] for row in rows]
+        assert found["scores"][name] == pytest.approx(theirs, abs=1e-4)
 
 
 def test_a_tiny_share_runs_end_to_end(tmp_path):
@@ -190,4 +192,5 @@ def test_a_tiny_share_runs_end_to_end(tmp_path):
     assert out.returncode == 0, out.stderr
     assert run("lab.report", "--folder", str(tmp_path)).returncode == 0
     page = (tmp_path / "RESULTS.md").read_text()
-    assert "of each of 3 held-out texts" in page and (tmp_path / "pictures.png").stat().st_size > 10_000
+    assert "of each of 3 held-out texts" in page
+    assert (tmp_path / "pictures.png").stat().st_size > 10_000
