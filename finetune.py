@@ -33,17 +33,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import bridge
-import checkpoint
+import checkpoints
 import data
 import loading
 import losses
+from batches import Samples, collate, digest, held_out
 from captioners import Captioner
 from cycle import chance
 from generators import Generator, tiny_decoder
-from samples import Samples, collate, digest, held_out
 
 LOSSES = losses.NAMES
-SIDES = checkpoint.SIDES
+SIDES = checkpoints.SIDES
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
@@ -93,15 +93,15 @@ def flags(argv=None):
     cli = parser()
     args = cli.parse_args(argv)
     if args.resume or args.export:
-        settings = checkpoint.header(args.out)["settings"]
-        checkpoint.check_settings(settings, cli, settings_of, args.out)
-        foreign = checkpoint.foreign(settings)
+        settings = checkpoints.header(args.out)["settings"]
+        checkpoints.check_settings(settings, cli, settings_of, args.out)
+        foreign = checkpoints.foreign(settings)
         cli.set_defaults(**settings | dict.fromkeys(foreign))
         args = cli.parse_args(argv)
         needed = SIDES if args.export else foreign
         unsaid = {k: v for k, v in foreign.items() if k in needed and getattr(args, k) is None}
         if unsaid:
-            checkpoint.refuse(unsaid, args.out, argv)
+            checkpoints.refuse(unsaid, args.out, argv)
     return args if args.export else complete(args)
 
 
@@ -125,7 +125,7 @@ def complete(args):
     args.weights = [weights[name] for name in args.losses]
     if args.own and "ir" not in args.losses:
         raise ValueError("--own gives pictures to ir, which is not among --losses")
-    if args.own and not os.path.isdir(args.own) and args.own not in checkpoint.SPLITS:
+    if args.own and not os.path.isdir(args.own) and args.own not in checkpoints.SPLITS:
         raise ValueError(f"--own {args.own}: no such folder, and no split of --data")
     if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1:
         raise ValueError("--batch, --micro, --chunk, --thin and --every are at least 1")
@@ -294,7 +294,7 @@ def gradient_norm(trained, side):
 # ---------------------------------------------------------------- the run
 def main(args):
     if args.export:
-        return checkpoint.export(args.out, args.captioner, args.generator, args.export)
+        return checkpoints.export(args.out, args.captioner, args.generator, args.export)
     rank, processes = data.rank_and_world()
     loading.tune_process(args.captioner)
     device, dtype = loading.device_and_dtype(args.device, args.dtype)
@@ -329,7 +329,7 @@ def main(args):
     if args.checkpointing:
         generator.unet.enable_gradient_checkpointing()
         generator.vae.enable_gradient_checkpointing()
-    trained = checkpoint.unfreeze(captioner, generator, args.unfreeze, args.losses, own)
+    trained = checkpoints.unfreeze(captioner, generator, args.unfreeze, args.losses, own)
     groups = []
     for side, lr in zip(SIDES, (args.lr[0], args.lr[-1])):
         parameters = [p for name, p in trained.items() if name.startswith(side)]
@@ -360,7 +360,7 @@ def main(args):
     loading.record_revisions(args.out)
     start = 0
     if args.resume:
-        start = checkpoint.restore(run.out, trained, adam, run.settings, content)
+        start = checkpoints.restore(run.out, trained, adam, run.settings, content)
     try:
         return train(run, start)
     finally:
@@ -396,8 +396,8 @@ def train(run, start):
                 bar.update()
                 bar.set_postfix({name: row[name] for name in run.weights}, refresh=False)
             if speaks and keep:
-                checkpoint.save(run.out, step + 1, run.trained, run.adam, run.settings, run.content)
                 saved = step + 1
+                checkpoints.save(run.out, saved, run.trained, run.adam, run.settings, run.content)
             if halt:
                 break
     except FloatingPointError as e:
@@ -414,7 +414,7 @@ def train(run, start):
         print(f"finetune.py: {len(run.held)} held-out samples, step {start} -> {saved}: "
               f"{', '.join(changes)}")
     if saved < run.total:
-        places = checkpoint.typed(checkpoint.foreign(run.settings))
+        places = checkpoints.typed(checkpoints.foreign(run.settings))
         print(f"finetune.py: stopped before {run.total}: --resume {places} goes on")
         return 130
     return 0
