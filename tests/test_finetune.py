@@ -481,7 +481,7 @@ def test_checkpointing_changes_nothing(whole, tmp_path):
 
 
 def test_thin_and_probe(tmp_path):
-    run(tmp_path, "--steps", 6, "--thin", 8, "--probe", 3, "--weights", 1, 1, 1, 2)
+    run(tmp_path, "--steps", 6, "--thin", 16, "--probe", 3, "--weights", 1, 1, 1, 2)
     rows = log(tmp_path)
     assert [r["tr"] is None for r in rows].count(True) >= 2 and any(r["tr"] for r in rows)
     assert [r["step"] for r in rows if "norm_ir" in r] == [1, 4]
