@@ -129,7 +129,7 @@ def one(args):
 
     import cycle
     import data
-    import world
+    from miniature import world
     name, draws = args.names[0], args.names[0] == "sd14"
     kind = cycle.Generator if draws else cycle.Captioner
     kind.load("miniature", "cpu")                                # the imports, which do not count
