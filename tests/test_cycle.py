@@ -71,7 +71,7 @@ def test_equal_captions_of_an_item_are_drawn_once():
 
 
 def test_a_candidate_without_a_score_is_last():
-    score = torch.tensor([[.2, torch.nan, .5], [torch.nan, .1, .1]])
+    score = torch.tensor([[-.5, torch.nan, -.2], [torch.nan, .1, .1]])
     talk = cycle.Talk([], torch.empty(0), torch.empty(0), {"x": score})
     assert talk.order["x"].tolist() == [[2, 0, 1], [1, 2, 0]]
 

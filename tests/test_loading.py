@@ -172,7 +172,10 @@ def test_revisions_are_recorded_and_compared(tmp_path, monkeypatch):
     loading.record_revisions(tmp_path / "out")
     loading.REVISIONS["c/d"] = "456"
     loading.record_revisions(tmp_path / "out")                 # what came later stands beside it
-    both = {"a/b": "123", "c/d": "456"}
+    loading.REVISIONS.clear()
+    loading.REVISIONS["e/f"] = "789"
+    loading.record_revisions(tmp_path / "out")                 # nor does another process forget any
+    both = {"a/b": "123", "c/d": "456", "e/f": "789"}
     assert json.loads(file.read_text()) == both
     loading.REVISIONS.clear()
     loading.record_revisions(tmp_path / "out")                 # a run without the hub forgets none
