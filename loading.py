@@ -260,13 +260,13 @@ def device_and_dtype(device=None, dtype=None):
     return device, dtype
 
 
-def tune_process(name):
-    """What the miniature wants of its process; other models leave it alone.
+def tune_process(*names):
+    """What the miniature wants of its process; where another model is named, nothing is done.
 
     One thread: its tensors are too small to share, and beside other work threads that wait for each
     other take ten times as long (OMP_NUM_THREADS rules). And freed memory kept: see keep_memory.
     """
-    if name == "miniature":
+    if set(names) == {"miniature"}:
         keep_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
