@@ -420,7 +420,7 @@ def main(args):
     import cycle
     import data
     import losses
-    import world as drawn
+    from miniature import world as drawn
     if args.export:
         return export(args, cycle)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-import bench
 import cycle
+from lab import bench
 
 
 def test_full_size_models_have_the_hubs_sizes():

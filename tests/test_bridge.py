@@ -17,7 +17,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 import bridge
-import world
+from miniature import world
 
 ODD = ["", " ", "a", "naïve café, ÅNGSTRÖM straße", "😀 a 👍🏽 family 👨‍👩‍👧 flag 🇮🇸",
        "你好 世界 こんにちは", "11:30 on 24/7, 3.14%",

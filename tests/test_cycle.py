@@ -117,7 +117,7 @@ def test_an_unknown_way_is_named(captioner, images):
 
 # ---------------------------------------------------------------- BLIP-2
 def test_blip2_through_the_same_interface(blip2, images):
-    captioner = cycle.Captioner.load(str(blip2), "cpu")
+    captioner = captioners.Captioner.load(str(blip2), "cpu")
     captions, logp = captioner.speak(images[:3], 4)
     assert captions[1] == captioner.speak(images[1:2], 4, items=[1])[0][0] and len(set(captions[0])) > 1
     text = [captions[0][0], "a blue ring"]
@@ -200,7 +200,7 @@ def test_a_pipeline_of_another_layout_can_draw(tmp_path):
                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)
     StableDiffusionXLPipeline(vae, CLIPTextModel(config), CLIPTextModelWithProjection(config), tokenizer, tokenizer,
                               unet, DDIMScheduler(), add_watermarker=False).save_pretrained(tmp_path)
-    a = cycle.Generator.load(str(tmp_path), "cpu").draw([CAPTION, CAPTION], items=[1, 2], steps=2)
+    a = generators.Generator.load(str(tmp_path), "cpu").draw([CAPTION, CAPTION], items=[1, 2], steps=2)
     assert a.shape == (2, 3, 16, 16) and not torch.equal(a[0], a[1])
 
 
@@ -208,14 +208,14 @@ def test_a_model_from_a_file(tmp_path, captioner, images):
     """The GAN-like toy of the README, as it stands there."""
     code = re.search(r"```python\n(# gan.py.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     (tmp_path / "gan.py").write_text(code)
-    gan = cycle.Generator.load(f"{tmp_path / 'gan.py'}:load")
+    gan = generators.Generator.load(f"{tmp_path / 'gan.py'}:load")
     pixel = {"pixel": lambda a, b: -(a - b).square().mean((1, 2, 3))}
     talk = cycle.image_text_image(captioner, gan, images[:2], 3, pixel)
     assert talk.images.shape == (2, 3, 3, 32, 32) and len(set(talk.scores["pixel"][0].tolist())) > 1
     with pytest.raises(ValueError, match="defines no nothing"):
-        cycle.Generator.load(f"{tmp_path / 'gan.py'}:nothing")
+        generators.Generator.load(f"{tmp_path / 'gan.py'}:nothing")
     with pytest.raises(ValueError, match="there is no file"):
-        cycle.Captioner.load("elsewhere.py:load")
+        captioners.Captioner.load("elsewhere.py:load")
 
 
 def test_nothing_reaches_for_a_network():
@@ -226,7 +226,7 @@ def refuse(*a): raise SystemExit(f"connects to {a[1:]}")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = lambda *a, **k: refuse(*a)
 import cycle, metrics
-cycle.Captioner.load("miniature", "cpu"), cycle.Generator.load("miniature", "cpu")
+captioners.Captioner.load("miniature", "cpu"), generators.Generator.load("miniature", "cpu")
 assert not metrics.likenesses(["clip", "dino"], "image", "miniature").absent
 assert not metrics.likenesses(["clip", "sbert"], "text", "miniature").absent
 """
@@ -235,7 +235,7 @@ assert not metrics.likenesses(["clip", "sbert"], "text", "miniature").absent
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("kind", [cycle.Captioner, cycle.Generator])
+@pytest.mark.parametrize("kind", [captioners.Captioner, generators.Generator])
 @pytest.mark.parametrize("name", ["vit_b", "./no/such/folder", "/nowhere"])
 def test_what_cannot_be_loaded_is_named(kind, name):
     with pytest.raises(ValueError, match=name) as e:
@@ -244,7 +244,7 @@ def test_what_cannot_be_loaded_is_named(kind, name):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    for kind in (cycle.Captioner, cycle.Generator):
+    for kind in (captioners.Captioner, generators.Generator):
         with pytest.raises(ValueError, match=str(tmp_path)):
             kind.load(str(tmp_path), "cpu")
 
@@ -267,14 +267,14 @@ def test_every_process_has_its_own_gpu(monkeypatch):
 
 def test_a_captioner_is_read_as_it_was_saved(captioner, tmp_path):
     """Its size of picture too; and from a processor as transformers 5 saves it."""
-    other = cycle.Captioner(captioner.model, captioner.tokenizer, captioner.processor)
+    other = captioners.Captioner(captioner.model, captioner.tokenizer, captioner.processor)
     other.side = 16
     other.save(tmp_path)
-    assert cycle.Captioner.load(tmp_path, "cpu").pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16)
+    assert captioners.Captioner.load(tmp_path, "cpu").pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16)
     own = tmp_path / "preprocessor_config.json"
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
     own.unlink()
-    found = cycle.Captioner.load(tmp_path, "cpu")
+    found = captioners.Captioner.load(tmp_path, "cpu")
     assert found.pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16) and torch.equal(found.mean, captioner.mean)
 
 

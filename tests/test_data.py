@@ -10,7 +10,7 @@ import data
 
 
 def test_the_shipped_miniature_is_read_by_the_ordinary_readers():
-    import world
+    from miniature import world
     for split, count in (("val", 100), ("test", 150), ("in", 150), ("near", 150), ("out", 150), ("nocaps", 450)):
         items = data.read("miniature", split)
         assert len(items) == count and all(len(x.captions) == 5 and x.path.exists() for x in items)

@@ -173,7 +173,7 @@ def test_names_that_look_alike_are_drawn_apart(tmp_path):
 
 
 def test_label_free_prefers_the_true_caption(tmp_path, scenes, images):
-    import world
+    from miniature import world
     said = {}
     for i in range(3):
         data.save_image(images[i], tmp_path / f"set/{i}.png")

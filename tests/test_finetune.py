@@ -19,7 +19,7 @@ import data
 import finetune
 import losses
 import rerank
-import world
+from miniature import world
 
 QUICK = ["--batch", "4", "--probe", "0", "--held", "0", "--every", "100", "--lr", "1e-3", "--device", "cpu"]
 
@@ -451,7 +451,7 @@ def test_a_tiny_decoder_takes_the_exact_ones_place(whole, tmp_path):
 
 def test_what_fits_24_gb():
     """The readings of `bench.py real`, by which finetune.py takes four samples of BLIP-2 at once, and README speaks."""
-    read = {k: v["GiB reserved"] for k, v in json.loads((ROOT / "results/real.json").read_text())["real"].items()}
+    read = {k: v["GiB reserved"] for k, v in json.loads((ROOT / "lab/results/real.json").read_text())["real"].items()}
     assert read["blip2 --micro 8"] > 24 and all(read[k] < 23 for k in ("blip2", "vitl", "vitb", "vitb --chunk 2"))
     assert read["vitb --micro 2"] < 11 and read["vitb --checkpointing"] < 11
 

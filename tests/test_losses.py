@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 import bridge
 import cycle
 import losses
-import world
+from miniature import world
 
 ALL = dict.fromkeys(losses.NAMES, 1.0)
 

@@ -299,7 +299,7 @@ def test_embeddings_are_the_papers_poolings(encoders, images):
 
 def test_judges_know_their_world(encoders, scenes, images):
     """A picture is most like itself, and its own caption scores above the others' on average."""
-    import world
+    from miniature import world
     for name in ("clip", "dino"):
         assert (encoders[name].alike("image", images, images) > 1 - 1e-6).all()
         assert encoders[name].alike("image", images, images.roll(1, 0)).max() < .999
@@ -312,7 +312,7 @@ def test_judges_know_their_world(encoders, scenes, images):
 
 
 def test_likeness_by_name(images):
-    import world
+    from miniature import world
     all_of = metrics.likenesses(["clip", "dino", "pixel"], "image", "miniature")
     assert list(all_of.pairs) == ["clip", "dino", "pixel"] and not all_of.absent and all_of.clipscore
     for f in all_of.pairs.values():

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import miniature
-import world
+from miniature import train, world
 
 
 def test_a_killed_training_ends_where_a_whole_one_does(tmp_path):
@@ -19,8 +18,8 @@ def test_a_killed_training_ends_where_a_whole_one_does(tmp_path):
         def loss(step):
             if step == stop:
                 raise KeyboardInterrupt
-            return model(torch.randn(8, 3, generator=miniature.chance("t", step))).square().mean() + model.weight.sum()
-        miniature.train("t", [model], loss, steps, work, 1e-2, warm=5, every=7)
+            return model(torch.randn(8, 3, generator=train.chance("t", step))).square().mean() + model.weight.sum()
+        train.train("t", [model], loss, steps, work, 1e-2, warm=5, every=7)
         return model.state_dict()
     whole = run(tmp_path / "a", 30)
     with pytest.raises(KeyboardInterrupt):
@@ -33,11 +32,11 @@ def test_training_from_nothing_gives_directories_that_load(tmp_path, monkeypatch
     """All parts at a five-hundredth of their size: the files of the shipped miniature, the shapes of its outputs."""
     import cycle
     import metrics
-    monkeypatch.setattr(miniature, "POOL", dict(miniature.POOL))
-    monkeypatch.setattr(miniature, "SHIPPED", {"val": 2, "test": 2, "near": 2, "out": 2})
-    assert not miniature.main(miniature.flags(["--scale", "0.002", "--out", str(tmp_path / "out"), "--work",
+    monkeypatch.setattr(train, "POOL", dict(train.POOL))
+    monkeypatch.setattr(train, "SHIPPED", {"val": 2, "test": 2, "near": 2, "out": 2})
+    assert not train.main(train.flags(["--scale", "0.002", "--out", str(tmp_path / "out"), "--work",
                                                str(tmp_path / "work")]))
-    made, shipped = ({p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix != ".png"}
+    made, shipped = ({p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix in (".safetensors", ".json")}
                      for root in (tmp_path / "out", ROOT / "miniature"))
     assert made == shipped
     captioner = cycle.Captioner.load(str(tmp_path / "out" / "blip"), "cpu")
@@ -51,8 +50,8 @@ def test_training_from_nothing_gives_directories_that_load(tmp_path, monkeypatch
 
 def test_the_reader_reads_pictures(images, scenes):
     model = world.reader(ROOT / "miniature/reader/model.safetensors")
-    for seen, scene in zip(world.look(model, images), scenes):
-        assert world.pairs(seen) == world.pairs(scene) and seen["ground"] == scene["ground"]
+    for seen, scene in zip(world.read_back(model, images), scenes):
+        assert world.colour_shapes(seen) == world.colour_shapes(scene) and seen["ground"] == scene["ground"]
         for o in scene["objects"]:
             assert any(abs(o["x"] - s["x"]) < 3 and abs(o["y"] - s["y"]) < 3 and s["size"] == o["size"]
                        for s in seen["objects"])
@@ -61,7 +60,7 @@ def test_the_reader_reads_pictures(images, scenes):
 def test_what_is_shipped_is_small_and_safe():
     files = [p for p in (ROOT / "miniature").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") < 20e6
-    assert {p.suffix for p in files} <= {".safetensors", ".json", ".png", ".txt"}
+    assert {p.suffix for p in files} <= {".py", ".md", ".safetensors", ".json", ".png", ".txt"}
     assert json.loads((ROOT / "miniature/sd/model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
 
 

@@ -5,7 +5,7 @@ import torch
 
 import cycle
 import losses
-import world
+from miniature import world
 
 SAID = ["a red ring", "a blue box at night", "a red ring", "two green hearts", "a tiny pink cross on the sand"]
 
@@ -133,7 +133,7 @@ def test_true_captions_denoise_better(generator):
         scene = world.sample("test", 100 + i)
         image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1)[None] / 255
         true = world.full_caption(scene)
-        words = {w: c for c, (_, names) in world.COLOURS.items() for w in names}
+        words = {w for w, (kind, _) in world.WORDS.items() if kind == "colour"}
         word = next(w for w in true.split() if w in words)
         other = next(c for c in world.COLOURS if c not in [o["colour"] for o in scene["objects"]])
         found = cycle.score(generator, image, [true, true.replace(word, other, 1)], draws=8, item=i)

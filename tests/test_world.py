@@ -1,5 +1,5 @@
 """The miniature world: scenes, pictures, captions and the facts read back from them."""
-import world
+from miniature import world
 
 
 def test_a_scene_is_a_function_of_split_and_index():

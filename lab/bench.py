@@ -1,8 +1,8 @@
 """Speed and memory, ours beside the obvious way, as ratios of one run on this machine.
 
-    python bench.py                     # all but real, about three minutes on two cores
-    python bench.py bridge scores       # some: bridge, scores, step, captions
-    python bench.py real                # on a GPU: what fits at the real models' size, how fast; four minutes (H100)
+    python -m lab.bench                     # all but real, about three minutes on two cores
+    python -m lab.bench bridge scores       # some: bridge, scores, step, captions
+    python -m lab.bench real  # on a GPU: what fits at full size, how fast; four minutes (H100)
 
 What is compared is the same work with the same result; the tests hold the results against each other, not this file.
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 SHOWN = {}
 
 
@@ -72,7 +72,7 @@ def bench_scores(args):
     if args.captions:
         rows = [x["caption"] for x in json.loads(args.captions.read_text())]
     else:
-        import world
+        from miniature import world
         rows = [world.captions(world.sample("all", i), 6) for i in range(5000)]
     said, heard = [r[0] for r in rows], [r[1:6] for r in rows]
 
@@ -108,7 +108,7 @@ def bench_step(args):
     import bridge
     import cycle
     import losses
-    import world
+    from miniature import world
     captioner, generator = cycle.Captioner.load(device="cpu"), cycle.Generator.load(device="cpu")
     for model, end in ((captioner.model, "crossattention.self.query.weight"), (generator.unet, "attn2.to_q.weight")):
         for name, p in model.named_parameters():
@@ -162,7 +162,7 @@ def bench_captions(args):
     import torch
 
     import cycle
-    import world
+    from miniature import world
     captioner = cycle.Captioner.load(device="cpu")
     images = torch.stack([torch.from_numpy(world.draw(world.sample("test", i)).copy()).permute(2, 0, 1) / 255
                           for i in range(16)])
@@ -289,7 +289,7 @@ def frozen(args, place):
     import torch
 
     import cycle
-    import world
+    from miniature import world
     scene, rows = world.sample("test", 0), {}
     image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1)[None] / 255
     ten = list(dict.fromkeys(world.captions(scene, 40)))[:10]

@@ -1,9 +1,9 @@
 """Draws the miniature data and trains the miniature models from scratch, into `miniature/` (what is shipped there).
 
-    python miniature.py                     # everything; resumes where it was killed
-    python miniature.py --parts vae unet    # some parts, in this order (two processes of one thread use two cores best)
-    python miniature.py --parts splits --out set --count 500    # a larger set with references: 500 pictures a domain
-    python miniature.py --check             # measures the shipped models on held-out scenes
+    python -m miniature.train                     # everything; resumes where it was killed
+    python -m miniature.train --parts vae unet    # some parts, in this order (two processes use two cores best)
+    python -m miniature.train --parts splits --out set --count 500    # a larger set: 500 pictures a domain
+    python -m miniature.train --check             # measures the shipped models on held-out scenes
 
 Each part is a stock class trained on pictures and captions of world.py, saved as an ordinary Hugging Face directory in
 half precision. A GPU is used where there is one; bf16 autocast where the processor or GPU has units for it.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-import world
+from miniature import world
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 PARTS = ("data", "tokenizers", "reader", "vae", "unet", "blip", "clip", "dino", "sbert", "splits")
 PROMPT = "a picture of "                     # BLIP's, in training and in use
 STEPS = {"reader": 3000, "vae": 1500, "unet": 16000, "blip": 1500, "clip": 1500, "dino": 1000, "sbert": 1200}
@@ -529,11 +529,11 @@ def check(args):
             redrawn = torch.cat([generator.decode(generator.encode(x)[0]) for x in images.split(100)]).clamp(0, 1)
         for name, seen in (("real", images), ("vae", redrawn)):
             found[f"{name} pairs, {domain}"] = np.array(
-                [world.pairs(a) == world.pairs(b) for a, b in zip(world.look(eye, seen), scenes)])
+                [world.colour_shapes(a) == world.colour_shapes(b) for a, b in zip(world.read_back(eye, seen), scenes)])
         prompts = [world.full_caption(s) for s in scenes]
         drawn = generator.draw(prompts, seed=1, steps=args.steps, guidance=args.guidance, batch=50)
-        read_back = [world.pairs(s) for s in world.look(eye, drawn)]
-        found[f"generator pairs, {domain}"] = np.array([a == world.pairs(b) for a, b in zip(read_back, scenes)])
+        read_back = [world.colour_shapes(s) for s in world.read_back(eye, drawn)]
+        found[f"generator pairs, {domain}"] = np.array([a == world.colour_shapes(b) for a, b in zip(read_back, scenes)])
         sheet(list(images[:12]) + list(redrawn[:12]) + list(drawn[:60]), args.work / f"check_{domain}.png", 12)
         for caption, row in list(zip(prompts, read_back))[:3]:
             print(f"  {caption!r}: read back as {row}", flush=True)

@@ -1,0 +1,252 @@
+"""How alike two pictures or two captions are: CLIP, DINO, SBERT, Inception, pixels.
+
+    judges, absent = load(["clip", "pixel"], "image", "miniature")
+    judges["clip"].alike(pictures, image)        # (n,) cosines, higher = more alike
+    judges["clip"].embed(pictures)               # (n, D) unit vectors
+    judges["clip"].score(pictures, captions)     # (n,) CLIP of picture and caption
+
+Images are float (B, 3, H, W) in [0, 1], captions lists of str. Pooling is that of the paper's
+experiments. Copy this file with loading.py: it needs torch and transformers.
+"""
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import loading
+
+HERE = Path(__file__).resolve().parent
+HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
+       "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
+NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert")}
+REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+
+
+class Unavailable(Exception):
+    """A judge that can't be had on this machine; its text says why, and the remedy."""
+
+
+def load(names, kind, place="hub", device="cpu", inception=None):
+    """({name: judge}, {name: why it is absent, and the remedy}) of the judges called `names`.
+
+    kind: "image" or "text". place: "hub" (the paper's encoders), "cache" (those of them that were
+    fetched before), "miniature", or a folder that holds clip/, dino/, sbert/. inception: a file of
+    its weights. Raises ValueError for an unknown name.
+    """
+    judges, absent = {}, {}
+    for name in names:
+        if name not in NAMES[kind]:
+            raise ValueError(f"--likeness {name!r} is unknown for {kind}s: choose among "
+                             f"{', '.join(NAMES[kind])}")
+        try:
+            if name == "pixel":
+                judges[name] = Pixel()
+            elif name == "inception":
+                judges[name] = Inception(device, inception)
+            else:
+                judges[name] = encoder(name, kind, place, device)
+        except (Unavailable, ValueError, OSError) as e:
+            absent[name] = " ".join(str(e).split())
+    return judges, absent
+
+
+def encoder(name, kind, place, device):
+    """The Encoder of a name, for images or text (CLIP for both). Raises ValueError of one line."""
+    folder = HERE / "miniature" if place == "miniature" else Path(place)
+    where = HUB[name] if place in ("hub", "cache") else str(folder / name)
+    found, options = loading.resolve(where, {}, "judge", cached=place == "cache")
+    with loading.readable_errors(where, "judge"):
+        return Encoder(name, found, "both" if name == "clip" else kind, device, options)
+
+
+def default_place(captioner, generator):
+    """Where judges come from beside these two: the miniature beside its captioner; the hub beside
+    a model from there; else, as two local models never reach for the network, the hub's cache."""
+    if captioner == "miniature":
+        return "miniature"
+    if loading.is_local(captioner) and loading.is_local(generator):
+        return "cache"
+    return "hub"
+
+
+class Encoder:
+    """CLIP, DINO or SBERT of transformers; embeddings are unit vectors in float64."""
+
+    def __init__(self, name, place, kind, device="cpu", options=None):
+        """name: clip, dino, sbert; place: directory; kind: "image", "text" or "both"; options: of
+        from_pretrained."""
+        import transformers
+        options = options or {"use_safetensors": True, "trust_remote_code": False}
+        plain = {k: v for k, v in options.items() if k != "use_safetensors"}
+        self.name = name
+        if name == "clip":
+            model = transformers.CLIPModel.from_pretrained(place, **options)
+        elif name == "dino":
+            options = options | {"add_pooling_layer": False}
+            model = transformers.ViTModel.from_pretrained(place, **options)
+        else:
+            options = options | {"add_pooling_layer": False}
+            model = transformers.BertModel.from_pretrained(place, **options)
+        self.model = model.float().eval().requires_grad_(False).to(device or "cpu")
+        self.kind = kind
+        if kind != "image":
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, **plain)
+        if kind != "text":
+            self.processor = transformers.AutoImageProcessor.from_pretrained(place, **plain)
+            if name == "dino" and self.processor.size.height >= 224:
+                # the paper's size; a checkpoint trained on less keeps its own
+                plain["size"] = {"height": 384, "width": 384}
+                self.processor = transformers.AutoImageProcessor.from_pretrained(place, **plain)
+
+    def pixels(self, images):
+        """Images resized, cut and normalised by the library's processor: (B, 3, S, S).
+
+        What has the right size already keeps its values between the 8 bits of a resize.
+        """
+        size = self.processor.size
+        goal = (size.shortest_edge, size.shortest_edge)
+        if size.height:
+            goal = (size.height, size.width)
+        resize = self.processor.do_resize and goal != tuple(images.shape[-2:])
+        arrays = list(images.float().cpu().numpy())
+        out = self.processor(arrays, do_resize=resize, do_rescale=False, return_tensors="pt",
+                             input_data_format="channels_first")
+        return out["pixel_values"].to(self.model.device)
+
+    def tokens(self, texts):
+        most = 256
+        if self.name == "clip":
+            most = self.model.config.text_config.max_position_embeddings
+        most = min(most, self.tokenizer.model_max_length)
+        out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most,
+                             return_tensors="pt")
+        return {k: out[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+
+    @torch.no_grad()
+    def embed(self, x):
+        """Images (B, 3, H, W), or B captions -> unit vectors (B, D) float64, on the CPU.
+
+        CLIP: the pooled state before the projection; DINO: its CLS; SBERT: the mean of its tokens.
+        """
+        if isinstance(x, torch.Tensor):
+            if self.name == "clip":
+                e = self.model.vision_model(self.pixels(x)).pooler_output
+            else:
+                out = self.model(self.pixels(x), interpolate_pos_encoding=True)
+                e = out.last_hidden_state[:, 0]
+        else:
+            tokens = self.tokens(x)
+            if self.name == "clip":
+                e = self.model.text_model(**tokens).pooler_output
+            else:
+                hidden = self.model(**tokens).last_hidden_state            # (B, L, D)
+                mask = tokens["attention_mask"][..., None]                 # (B, L, 1)
+                e = (hidden * mask).sum(1) / mask.sum(1)
+        return F.normalize(e.cpu().double(), dim=-1)
+
+    def alike(self, candidates, inputs):
+        """Cosine of n candidates with n inputs, or with one: (n,)."""
+        return (self.embed(candidates) * self.embed(inputs)).sum(-1).numpy()
+
+    @torch.no_grad()
+    def score(self, images, captions):
+        """Cosine of image and caption after CLIP's projections: (n,). (CLIPScore is 2.5 times what
+        of it is above 0; Hessel et al. 2021.)"""
+        vision = self.model.vision_model(self.pixels(images)).pooler_output
+        text = self.model.text_model(**self.tokens(captions)).pooler_output
+        a = F.normalize(self.model.visual_projection(vision).cpu().double(), dim=-1)
+        b = F.normalize(self.model.text_projection(text).cpu().double(), dim=-1)
+        return (a * b).sum(-1).numpy()
+
+
+class Pixel:
+    """Minus the root mean square difference of pixels, 0 = equal."""
+
+    def alike(self, candidates, inputs):
+        """Inputs are resized to the candidates' size: (n,)."""
+        size = candidates.shape[-2:]
+        if inputs.shape[-2:] != size:
+            inputs = F.interpolate(inputs, size, mode="bicubic", antialias=True).clamp(0, 1)
+        difference = (candidates - inputs).cpu().double()
+        return -difference.square().mean((1, 2, 3)).sqrt().numpy()
+
+
+# ---------------------------------------------------------------- Inception
+class Inception:
+    """Cosine of the 2048 features of torch-fidelity's Inception v3, those of FID. (The paper's
+    "FID" of one image can only be such a distance: one image has no covariance.)"""
+
+    def __init__(self, device="cpu", weights=None):
+        self.see = inception_features(device, weights)
+
+    def embed(self, images):
+        return F.normalize(torch.from_numpy(self.see(images)[0]), dim=-1)
+
+    def alike(self, candidates, inputs):
+        return (self.embed(candidates) * self.embed(inputs)).sum(-1).numpy()
+
+
+def inception_features(device=None, weights=None):
+    """A function: images (B, 3, H, W) -> features (B, 2048), logits (B, 1008) of the Inception v3
+    of FID and IS, by torch-fidelity. weights: a local copy of its weights. Raises Unavailable.
+
+    torch-fidelity unpickles whatever it is given, code and all. So what it is given is a file of
+    our own, into which the tensors of `inception_weights` were written.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    except ImportError as e:
+        raise Unavailable(f"{e.name} is not installed: pip install torch-fidelity") from e
+    except RuntimeError as e:                    # torchvision's own operators
+        raise Unavailable(f"torch-fidelity can't be imported ({str(e)[:100]}): torchvision does "
+                          "not fit this torch") from e
+    tensors = inception_weights(weights or theirs.URL_INCEPTION_V3)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours = str(Path(folder) / "inception.pth")
+            torch.save(tensors, ours)
+            extractor = theirs.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=ours)
+    except (OSError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:100]
+        raise Unavailable(f"{weights or 'what was downloaded'} is not torch-fidelity's Inception "
+                          f"({reason}): {REMEDY}") from e
+    extractor = extractor.to(device or "cpu").eval()
+
+    @torch.no_grad()
+    def see(images):
+        eight_bit = (images.clamp(0, 1) * 255).round().byte()
+        out = extractor(eight_bit.to(device or "cpu"))
+        return [y.cpu().double().numpy() for y in out]
+    return see
+
+
+def inception_weights(source):
+    """{name: tensor} of a file, or of an address, by readers that run no code: safetensors, or
+    torch's restricted unpickler. Raises Unavailable in one line."""
+    source = str(source)
+    try:
+        if source.startswith("https://"):
+            with contextlib.redirect_stdout(sys.stderr):
+                found = torch.hub.load_state_dict_from_url(source, map_location="cpu",
+                                                           weights_only=True)
+        elif source.endswith(".safetensors"):
+            found = load_file(source)
+        else:
+            found = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as e:                       # of foreign bytes a reader may raise anything
+        reason = type(e).__name__
+        if isinstance(e, OSError) and e.strerror:
+            reason = e.strerror
+        raise Unavailable(f"{source} could not be read as plain tensors ({reason}): "
+                          f"{REMEDY}") from e
+    if not isinstance(found, dict) or not found:
+        raise Unavailable(f"{source} holds no tensors by name: {REMEDY}")
+    if not all(isinstance(x, torch.Tensor) for x in found.values()):
+        raise Unavailable(f"{source} holds other things than tensors by name: {REMEDY}")
+    return found

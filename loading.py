@@ -1,0 +1,356 @@
+"""From a model's name to its weights on a device: the hub, files, failures, trained weights.
+
+    place, options = resolve("vitb", {"vitb": "Salesforce/blip-image-captioning-base"}, "captioner")
+    with readable_errors("vitb", "captioner"):
+        model = BlipForConditionalGeneration.from_pretrained(place, **options)
+
+The hub is asked in `fetch` and nowhere else. What comes back is a folder on this machine, and all
+that is loaded is read from such a folder: safetensors, or .bin by torch's restricted loader where
+there is nothing else. Nothing that is loaded runs code, but for a `file.py:function` that the
+command line names. Whatever fails is a ValueError of one line, with its cause and the remedy.
+Copy this file alone: it needs torch, safetensors and huggingface_hub.
+"""
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+# weights as the libraries name them: no half-precision copies, no single files of other programs
+WEIGHTS = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+TEXTS = (".json", ".txt", ".model", ".jinja")    # configurations, vocabularies, chat templates
+REVISIONS = {}                                   # hub id -> commit, of all this process has opened
+
+
+# ---------------------------------------------------------------- names
+def resolve(name, table, kind, cached=False):
+    """(folder, keyword arguments of from_pretrained) of a model's name.
+
+    name: one of `table`, a directory, a .safetensors file, or a hub id where it can be nothing
+    else. kind: what it is, for messages. cached: only what the hub's cache already holds.
+    """
+    place = Path(table.get(name, name))
+    try:
+        if not place.exists():
+            place = fetch(hub_id(name, place, table), f"{kind} {str(name)!r}", cached)
+        old = check_weights(place) if place.is_dir() else []
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{kind} {str(name)!r}: {e}") from e
+    options = {"local_files_only": True, "use_safetensors": True}
+    if place.is_dir():
+        options["trust_remote_code"] = False
+    if old:
+        # of a pipeline, None takes safetensors where a part has them
+        pipeline = (place / "model_index.json").exists()
+        options["use_safetensors"] = None if pipeline else False
+        print(f"{kind} {str(name)!r}: no safetensors in {', '.join(old)}; its .bin is read through "
+              "torch's restricted loader", file=sys.stderr)
+    return str(place), options
+
+
+def hub_id(name, place, table):
+    """`owner/name`, where that is what the name says."""
+    owner = place.as_posix().partition("/")[0]
+    if place.as_posix().count("/") != 1 or place.is_absolute() or owner.startswith("."):
+        raise ValueError(f"it is none of {', '.join(table)}, no directory and no hub id "
+                         "(owner/name)")
+    return place.as_posix()
+
+
+def is_local(name):
+    """Whether opening it needs no hub."""
+    return name == "miniature" or Path(name).exists() or ".py:" in str(name)
+
+
+def load_from_file(name, *args):
+    """What `file.py:function` returns: the way in for a model from elsewhere. Runs that file."""
+    file, function = str(name).rsplit(":", 1)
+    if not Path(file).is_file():
+        raise ValueError(f"{name}: there is no file {file}; expected file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{name}: {file} defines no {function}")
+    return getattr(module, function)(*args)
+
+
+# ---------------------------------------------------------------- the hub
+def fetch(repo, what, cached=False):
+    """The folder of a hub repository in the hub's own cache, with all that `needed` tells.
+
+    What is missing is fetched, after a line that says how much. Where the hub can't be had, what
+    the cache holds will do if it is whole. Raises OSError with the cause.
+    """
+    try:
+        if cached:
+            raise FileNotFoundError(f"{repo} is not in the hub's cache; nothing is fetched unasked")
+        # 1) one look at the repository: its commit and its files
+        commit = HfApi().model_info(repo, timeout=10).sha
+        tree = HfApi().list_repo_tree(repo, revision=commit, recursive=True)
+        sizes = {x.path: getattr(x, "size", 0) for x in tree}
+        wanted = needed(sizes)
+        # 2) what of it is not here yet
+        known = [try_to_load_from_cache(repo, n, revision=commit) for n in wanted]
+        missing = [n for n, path in zip(wanted, known) if not isinstance(path, str)]
+        if missing:
+            size = sum(sizes[n] for n in missing) / 1e6
+            print(f"{what}: fetching {size:,.1f} MB of {repo} into {constants.HF_HUB_CACHE}",
+                  file=sys.stderr)
+        folder = Path(snapshot_download(repo, allow_patterns=wanted))
+    except Exception as e:                       # the hub's clients have no common class of errors
+        folder = from_cache(repo, e)
+        if not cached and not constants.HF_HUB_OFFLINE:
+            print(f"{what}: as the hub's cache has it; {cause(e, repo)}", file=sys.stderr)
+    REVISIONS[repo] = folder.name
+    return folder
+
+
+def from_cache(repo, error):
+    """The cached folder of a repository, if it is whole; else OSError with the cause of `error`."""
+    try:
+        texts = ["*" + end for end in TEXTS]     # of the weights, check_weights knows better
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=texts,
+                                        ignore_patterns=["safety_checker/*"]))
+        check_weights(folder)
+    except (OSError, ValueError):
+        raise OSError(cause(error, repo)) from error
+    return folder
+
+
+def needed(names):
+    """Of a repository's file names those that a model is loaded from.
+
+    Configurations, vocabularies, and each folder's weights: safetensors, or .bin where there are
+    none. No code, and no safety checker: a picture that it blackens could not be compared.
+    """
+    names = [n for n in names if not n.startswith("safety_checker/")]
+    weights = [n for n in names if WEIGHTS.fullmatch(Path(n).name)]
+    safe = [n for n in weights if n.endswith(".safetensors")]
+    folders = {Path(n).parent for n in safe}
+    rest = [n for n in weights if Path(n).parent not in folders]
+    return [n for n in names if n.endswith(TEXTS)] + safe + rest
+
+
+def cause(error, repo):
+    """Why the hub gave nothing, and the remedy, in one sentence."""
+    page = f"{constants.ENDPOINT}/{repo}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access at {page}, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"there is no {page}, or it is private: look at its name, or `hf auth login`"
+    if type(error) is FileNotFoundError:         # our own words
+        return text
+    if constants.HF_HUB_OFFLINE:
+        return (f"{repo} is not whole in the hub's cache ({constants.HF_HUB_CACHE}), and "
+                "HF_HUB_OFFLINE is set: unset it to fetch, or give a folder")
+    if status == 429:
+        return "the hub takes no more requests (429): wait some minutes, or `hf auth login`"
+    return (f"{page} could not be fetched ({type(error).__name__}: {text}); what came whole is "
+            "kept: run this again")
+
+
+# ---------------------------------------------------------------- files
+def check_weights(folder):
+    """Which parts of a model's folder have their weights as .bin alone.
+
+    Raises OSError where a part has none, or where a file is cut, or a pointer to what it should be:
+    the libraries' own words for these name no file.
+    """
+    index = folder / "model_index.json"
+    parts = [folder]
+    if index.exists():                           # a pipeline: the parts that it names
+        named = json.loads(index.read_text(encoding="utf-8"))
+        parts = [folder / k for k, v in named.items() if isinstance(v, list) and v[0]]
+        parts = [p for p in parts if (p / "config.json").exists() and p.name != "safety_checker"]
+    old = []
+    for part in parts:
+        files = [part / n for n in needed(sorted(os.listdir(part))) if WEIGHTS.fullmatch(n)]
+        if not files:
+            raise FileNotFoundError(
+                f"{part} has no weights (model.safetensors, or pytorch_model.bin)")
+        check_shards(part, files)
+        for file in files:
+            check_file(file)
+        if files[0].suffix == ".bin":
+            old.append(str(part))
+    return old
+
+
+def check_shards(part, files):
+    """Raises OSError where a file is missing that the index of large weights names."""
+    for index in part.glob(f"*{files[0].suffix}.index.json"):
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        missing = [n for n in sorted(set(named)) if WEIGHTS.fullmatch(n) and part / n not in files]
+        if missing:
+            raise FileNotFoundError(f"{part / missing[0]} is missing, which {index.name} names")
+
+
+def check_file(path):
+    """Raises OSError where weights are a pointer of git-lfs, or a safetensors file is not whole."""
+    with open(path, "rb") as f:
+        pointer = f.read(24) == b"version https://git-lfs."
+    if pointer:
+        raise OSError(f"{path} is a git-lfs pointer: `git lfs pull`, or `hf download`")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as e:
+            raise OSError(f"{path} is not a whole safetensors file ({e}): fetch it again") from e
+
+
+@contextlib.contextmanager
+def readable_errors(name, kind):
+    """Turns the libraries' many ways to fail into one line that names the model."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as e:                       # of no common class
+        reason = " ".join(str(e).split())[:300]
+        if "torchvision" in reason:
+            reason = ("torchvision does not fit this torch: uninstall it, nothing here needs it "
+                      f"({reason[-160:]})")
+        raise ValueError(f"{kind} {str(name)!r} could not be loaded: {reason}") from e
+
+
+# ---------------------------------------------------------------- this process
+def device_and_dtype(device=None, dtype=None):
+    """torch.device and torch.dtype of what the command line says.
+
+    Default: cuda, mps or cpu, the first that is there; under torchrun each process has its own GPU.
+    bfloat16, float16 on mps and old GPUs, float32 on a CPU.
+    """
+    if device is None:
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+    if str(device).partition(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {device}: it is cuda, mps or cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        own = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        device = torch.device("cuda", own)
+        torch.cuda.set_device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = torch.bfloat16
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
+        dtype = found
+    return device, dtype
+
+
+def tune_process(name):
+    """What the miniature wants of its process; other models leave it alone.
+
+    One thread: its tensors are too small to share, and beside other work threads that wait for each
+    other take ten times as long (OMP_NUM_THREADS rules). And freed memory kept: see keep_memory.
+    """
+    if name == "miniature":
+        keep_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+
+
+@functools.cache
+def keep_memory():
+    """Tells glibc to keep freed memory, for this process: else it goes back to the system after
+    each layer and comes anew page by page, a third of the miniature's time. Nothing happens
+    elsewhere, nor where the environment says otherwise (MALLOC_TRIM_THRESHOLD_=131072 is glibc's
+    own way)."""
+    told = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
+    if sys.platform != "linux" or told & os.environ.keys():
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: never
+        libc.mallopt(-3, 2 ** 25)                # M_MMAP_THRESHOLD: the largest there is
+
+
+# ---------------------------------------------------------------- what a run is made of
+def record_revisions(folder):
+    """Writes beside a run's settings the commit of each hub repository in it. Raises ValueError
+    where the run was begun with another commit: its results would be mixed with these."""
+    path = Path(folder) / "revisions.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for repo, commit in REVISIONS.items():
+        if before.get(repo, commit) != commit:
+            raise ValueError(
+                f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: "
+                "choose another --out, or give the older snapshot's folder in the hub's cache")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if before | REVISIONS != before:
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(before | REVISIONS, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+
+
+def load_trained(checkpoint, captioner=None, generator=None):
+    """Puts the weights of a checkpoint of finetune.py (a file, or its folder) into the models.
+
+    Its tensors are named captioner.* and generator.*, as in the models' own state; those of a side
+    that is not given are left out. Returns how many were put. Raises ValueError where they do not
+    fit, or where there are none of either side, and changes nothing then.
+    """
+    path = Path(checkpoint)
+    path = path / "checkpoint.safetensors" if path.is_dir() else path
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of "
+                         "finetune.py") from e
+    if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
+        raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
+                         "or generator.*; give the --out of finetune.py")
+    moves = []
+    sides = ("captioner", captioner, "model"), ("generator", generator, "unet")
+    for side, speaker, part in sides:
+        if speaker is None:
+            continue
+        model = getattr(speaker, part, None)
+        own = {} if model is None else dict(model.named_parameters())
+        for key in [k for k in tensors if k.startswith(side + ".")]:
+            name = key.partition(".")[2]
+            if name not in own or own[name].shape != tensors[key].shape:
+                raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this "
+                                 f"{side}: name the models it was trained from")
+            moves.append((own[name], tensors[key]))
+    pixels = trained_side(path)
+    for parameter, value in moves:
+        parameter.data.copy_(value)
+    if pixels and captioner is not None:
+        captioner.side = pixels                  # it goes on seeing what it was trained to see
+    return len(moves)
+
+
+def trained_side(path):
+    """Pixels a side of the captioner's pictures by a checkpoint's header; None if it says none."""
+    with safe_open(path, "pt") as f:
+        text = (f.metadata() or {}).get("header", "{}")
+    try:
+        side = json.loads(text).get("settings", {}).get("side")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"--ckpt {path}: its header is not one of finetune.py") from e
+    if side is not None and type(side) is not int:
+        raise ValueError(f"--ckpt {path}: its header says --side {side!r}: it is a number")
+    return side
