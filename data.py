@@ -1,51 +1,43 @@
-"""Readers of image-caption sets: COCO Karpathy, NoCaps, a plain folder, the miniature; and pictures of any kind.
+"""Sets of pictures with captions, pictures of any kind, and work that is kept from run to run.
 
-    for item in read("miniature", "test"):               # or read("data/coco", "test"), read("data/nocaps", "out"), ...
-        image = open_image(item.path)                    # float (3, H, W) in [0, 1], whatever the file's mode
+    for item in read("miniature", "test"):              # or of data/coco, data/nocaps, any folder
+        image = open_image(item.path)                   # float (3, H, W) in [0, 1]
+    append_rows(path, rows), read_rows(path)            # JSON lines that survive a kill
 
 A set is a folder; what lies in it says what it is:
-    dataset_coco.json                        Karpathy's own schema: splits train (with restval), val, test
-    coco_karpathy_{train,val,test}.json      BLIP's schema of the same splits
-    nocaps_val_4500_captions.json            NoCaps validation: splits in, near, out, or nocaps for all three
-    metadata.jsonl                           diffusers' imagefolder: file_name, text (one or several lines a picture)
-    anything else                            every picture below the folder, without captions
-Copy this file alone: it needs torch, numpy and pillow.
+    dataset_coco.json                     Karpathy's schema: splits train (with restval), val, test
+    coco_karpathy_{train,val,test}.json   BLIP's schema of the same splits
+    nocaps_val_4500_captions.json         NoCaps validation: splits in, near, out; nocaps is all
+    metadata.jsonl                        diffusers' imagefolder: file_name, text; a row a caption
+    anything else                         every picture below the folder, without captions
 
-    python data.py coco --root data/coco                 # fetches the public files: 20 GB of pictures, 0.1 GB of text
-    python data.py nocaps --root data/nocaps             # 4,500 pictures and their captions, 2 GB
+    python data.py coco --root data/coco                # checks what is there, and prints the
+    python data.py nocaps --root data/nocaps            # commands that fetch what is not
+
+Copy this file alone: it needs torch, numpy and pillow.
 """
 import argparse
-import base64
 import hashlib
 import json
 import os
-import re
+import shlex
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
-HERE = Path(__file__).resolve().parent
-SETS = {"miniature": HERE / "miniature/data"}
+SETS = {"miniature": Path(__file__).resolve().parent / "miniature/data"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SFR = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
-COCO = "http://images.cocodataset.org/zips/"
-SOURCES = {                                      # set -> {file: (address, MD5 where it is published)}
-    "coco": {f"coco_karpathy_{x}.json": (f"{SFR}coco_karpathy_{x}.json", None)
-             for x in ("train", "val", "test", "val_gt", "test_gt")}
-    | {"train2014.zip": (COCO + "train2014.zip", "0da8c0bd3d6becc4dcb32757491aca88"),
-       "val2014.zip": (COCO + "val2014.zip", "a3d79f5ed8d289b7a7554ce06a5782b3")},
-    "nocaps": {"nocaps_val_4500_captions.json": (
-        "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json", None)}}
 DOMAINS = {"in": "in-domain", "near": "near-domain", "out": "out-domain"}
+NOCAPS = "nocaps_val_4500_captions.json"
 
 
 @dataclass
 class Item:
-    """A picture of a set: its name (unique in the set), its file, its captions, and for NoCaps its domain."""
+    """A picture of a set: its name, which is unique in the set, and for NoCaps its domain."""
     name: str
     path: Path
     captions: list = field(default_factory=list)
@@ -53,16 +45,17 @@ class Item:
 
 
 # ---------------------------------------------------------------- sets
-def evaluated(root):
+def default_split(root):
     """The split a set is evaluated on where none is named: nocaps of NoCaps, else test."""
-    return "nocaps" if (Path(SETS.get(root, root)) / "nocaps_val_4500_captions.json").exists() else "test"
+    return "nocaps" if (Path(SETS.get(root, root)) / NOCAPS).exists() else "test"
 
 
 def read(root, split="test"):
-    """The items of a split, in the order of the file. Raises ValueError with what is missing and where to put it."""
+    """The items of a split, in the order of the file. Raises ValueError with what is missing."""
     root = Path(SETS.get(root, root))
     if not root.is_dir():
-        raise ValueError(f"no data set at {root}: give --data the folder that holds it, or one of {', '.join(SETS)}")
+        raise ValueError(f"no data set at {root}: give --data the folder that holds it, or one of "
+                         f"{', '.join(SETS)}")
     if split in ("nocaps", *DOMAINS):
         return nocaps(root, split)
     if (root / "dataset_coco.json").exists():
@@ -75,72 +68,74 @@ def read(root, split="test"):
 
 
 def karpathy(root, split):
-    """dataset_coco.json: images[].{filepath, filename, cocoid, split, sentences[].raw}; train includes restval."""
+    """dataset_coco.json: images[].{filepath, filename, cocoid, split, sentences[].raw}; train
+    includes restval."""
+    path = root / "dataset_coco.json"
     wanted = ("train", "restval") if split == "train" else (split,)
-    images = load(root / "dataset_coco.json")["images"]
-    items = [Item(str(x.get("cocoid", x["imgid"])), root / x.get("filepath", "") / x["filename"],
-                  [fold(s["raw"]) for s in x["sentences"]]) for x in images if x["split"] in wanted]
+    items, splits = [], set()
+    for row in load_json(path)["images"]:
+        splits.add(row["split"])
+        if row["split"] in wanted:
+            name = str(row.get("cocoid", row["imgid"]))
+            picture = root / row.get("filepath", "") / row["filename"]
+            items.append(Item(name, picture, [one_line(s["raw"]) for s in row["sentences"]]))
     if not items:
-        raise ValueError(f"{root / 'dataset_coco.json'} has no split {split!r}; it has "
-                         f"{', '.join(sorted({x['split'] for x in images}))}")
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
     return items
 
 
 def blip(root, split):
-    """coco_karpathy_{split}.json: rows {image, caption}; train has a row a caption, val and test a list of captions."""
+    """coco_karpathy_{split}.json: rows {image, caption}; train has a row a caption, val and test a
+    list of captions."""
     items = {}
-    for row in load(root / f"coco_karpathy_{split}.json"):
-        name = row.get("image_id", Path(row["image"]).stem.rsplit("_", 1)[-1].lstrip("0"))
-        item = items.setdefault(row["image"], Item(str(name).removeprefix("coco_"), root / row["image"]))
-        said = row["caption"]
-        item.captions += [fold(c) for c in ([said] if isinstance(said, str) else said)]
+    for row in load_json(root / f"coco_karpathy_{split}.json"):
+        number = Path(row["image"]).stem.rsplit("_", 1)[-1].lstrip("0")
+        name = str(row.get("image_id", number)).removeprefix("coco_")
+        item = items.setdefault(row["image"], Item(name, root / row["image"]))
+        captions = row["caption"]
+        if isinstance(captions, str):
+            captions = [captions]
+        item.captions += map(one_line, captions)
     return list(items.values())
 
 
 def nocaps(root, split="nocaps"):
-    """nocaps_val_4500_captions.json: images[].{id, file_name, domain}, annotations[].{image_id, caption}."""
-    path = root / "nocaps_val_4500_captions.json"
-    data = load(path)
-    if "annotations" not in data:
-        raise ValueError(f"{path} lists files without captions; nocaps_val_4500_captions.json has them")
-    said = {}
-    for a in data["annotations"]:
-        said.setdefault(a["image_id"], []).append(fold(a["caption"]))
-    return [Item(str(x["id"]), root / x["file_name"], said.get(x["id"], []), x["domain"]) for x in data["images"]
-            if split == "nocaps" or x["domain"] == DOMAINS[split]]
+    """NoCaps' file: images[].{id, file_name, domain}, annotations[].{image_id, caption}."""
+    found = load_json(root / NOCAPS)
+    if "annotations" not in found:
+        raise ValueError(f"{root / NOCAPS} lists files without captions; that of {NOCAPS} has them")
+    captions = {}
+    for row in found["annotations"]:
+        captions.setdefault(row["image_id"], []).append(one_line(row["caption"]))
+    items = []
+    for row in found["images"]:
+        if split == "nocaps" or row["domain"] == DOMAINS[split]:
+            said = captions.get(row["id"], [])
+            items.append(Item(str(row["id"]), root / row["file_name"], said, row["domain"]))
+    return items
 
 
 def folder(root):
     """Every picture below a folder, sorted; captions from metadata.jsonl where there is one."""
-    said = {}
-    if (root / "metadata.jsonl").exists():
-        for line in (root / "metadata.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            if not {"file_name", "text"} <= row.keys():
-                raise ValueError(f"{root / 'metadata.jsonl'}: expected rows with file_name and text, one has "
-                                 f"{', '.join(row)}")
-            said.setdefault(row["file_name"], []).append(fold(row["text"]))
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise ValueError(f"no pictures in {root}: expected files ending in {' '.join(sorted(SUFFIXES))}")
-    names = [p.relative_to(root).as_posix() for p in paths]
-    return [Item(name, path, said.get(name, [])) for name, path in zip(names, paths)]
+    captions = {}
+    for row in read_rows(root / "metadata.jsonl"):
+        if not {"file_name", "text"} <= row.keys():
+            raise ValueError(f"{root / 'metadata.jsonl'}: expected rows with file_name and text, "
+                             f"one has {', '.join(row)}")
+        captions.setdefault(row["file_name"], []).append(one_line(row["text"]))
+    items = []
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = path.relative_to(root).as_posix()
+            items.append(Item(name, path, captions.get(name, [])))
+    if not items:
+        raise ValueError(f"no pictures in {root}: expected files ending in "
+                         f"{' '.join(sorted(SUFFIXES))}")
+    return items
 
 
-def load(path):
-    """A JSON file, or one clear sentence."""
-    if not path.exists():
-        known = next((f" from {files[path.name][0]} (python data.py {name} --root {path.parent} fetches it)"
-                      for name, files in SOURCES.items() if path.name in files), "")
-        raise ValueError(f"{path} is missing: put it there{known}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}): fetch it again") from e
-
-
-def fold(caption):
-    """White space of any kind becomes one space: a line break inside a caption breaks line-based scorers."""
+def one_line(caption):
+    """Any white space becomes one space: a line break in a caption breaks line-based scorers."""
     return " ".join(caption.split())
 
 
@@ -148,28 +143,31 @@ def fold(caption):
 def open_image(path):
     """A picture file of any mode and orientation: float32 (3, H, W) in [0, 1].
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit depth is scaled (not cut), of an animation the
-    first frame is taken. Raises ValueError naming the file where it is no picture.
+    EXIF orientation is applied, transparency is laid on white, 16-bit depth is scaled (not cut), of
+    an animation the first frame is taken. Raises ValueError naming the file where it is no picture.
     """
-    from PIL import Image, ImageOps
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):                     # 16 bit: PIL's own conversion would cut at 255
+            if image.mode.startswith("I"):         # 16 bit: PIL's own conversion would cut at 255
                 deep = np.asarray(image).astype(np.float32)
-                image = Image.fromarray((deep / (65535 if deep.max() > 255 else 255) * 255).round().astype(np.uint8))
+                top = 65535 if deep.max() > 255 else 255
+                image = Image.fromarray((deep / top * 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.asarray(image.convert("RGB"))
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError as e:
+        archive = Path(f"{Path(path).parent}.zip")
+        raise ValueError(f"{path} is missing: {command(archive) or 'no such picture'}") from e
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path} is not a picture that can be read ({type(e).__name__})") from e
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def save_image(image, path):
-    """Float (3, H, W) in [0, 1] -> a PNG of 8 bit; written beside and renamed, so that a kill leaves no half file."""
-    from PIL import Image
+    """Float (3, H, W) in [0, 1] -> a PNG of 8 bit, written beside and then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -177,110 +175,164 @@ def save_image(image, path):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-# ---------------------------------------------------------------- fetching
-def fetch(url, path, md5=None, tries=5, wait=1.0):
-    """A file from the web: resumed where it was cut, checked, then renamed into place; nothing if it is there.
+def picture_name(name, index=None, prefix=None):
+    """The stem of the file of what was drawn for an item, short and unique; prefix: in place of the
+    beginning of its name; index: of the candidate."""
+    stem = Path(name).stem[:40] if prefix is None else prefix
+    stem += "-" + hashlib.sha1(name.encode()).hexdigest()[:8]
+    return stem if index is None else f"{stem}-{index}"
 
-    Checked against `md5`, or what the server says of it (x-goog-hash, or an ETag that is an MD5), and its length.
-    Raises ValueError with the remedy: a wrong file is deleted, a cut one is kept for the next try.
-    """
-    import urllib.error
-    import urllib.request
 
-    from tqdm import tqdm
+# ---------------------------------------------------------------- work that is kept
+def load_json(path):
+    """A JSON file, or one clear sentence."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                have = have if answer.status == 206 else 0                       # no Range: from the beginning
-                whole = have + int(answer.headers.get("Content-Length") or 0)
-                goog = re.search(r"md5=([\w+/=]+)", ",".join(answer.headers.get_all("x-goog-hash") or ()))
-                tag = re.fullmatch(r'"([0-9a-f]{32})"', answer.headers.get("ETag") or "")
-                said = md5 or (base64.b64decode(goog[1]).hex() if goog else tag and tag[1])
-                with open(part, "ab" if have else "wb") as f, tqdm(
-                        total=whole or None, initial=have, unit="B", unit_scale=True, desc=path.name) as bar:
-                    while block := answer.read(1 << 20):
-                        f.write(block)
-                        bar.update(len(block))
-            if part.stat().st_size >= whole:
-                break
-            reason = f"{part.stat().st_size} of {whole} bytes came"
-        except urllib.error.HTTPError as e:
-            if e.code == 416:                                                    # all of it is here already
-                said = md5
-                break
-            raise ValueError(f"{url}: the server says {e.code} {e.reason}; get {path.name} elsewhere and put it at "
-                             f"{path}") from e
-        except (OSError, ValueError) as e:
-            reason = str(e) or type(e).__name__
-        time.sleep(wait * attempt)
-    else:
-        raise ValueError(f"{url}: {tries} tries failed ({reason}); what came is kept, run this again")
-    if said:
-        with open(part, "rb") as f:
-            found = hashlib.file_digest(f, "md5").hexdigest()
-        if found != said:
-            part.unlink()
-            raise ValueError(f"{url}: wrong bytes (MD5 {found}, should be {said}); they are deleted, run this again")
-    os.replace(part, path)
-    return path
-
-
-def fetch_set(name, root):
-    """All files of a public set; archives are unpacked, and NoCaps's pictures fetched one by one. Missing pictures are
-    counted, not fatal."""
-    import zipfile
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-    for file, (url, md5) in SOURCES[name].items():
-        path = root / file
-        if (root / path.stem / ".whole").exists():                                # unpacked before
-            continue
-        fetch(url, path, md5)
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                for member in tqdm(archive.namelist(), desc=f"unpacking {file}"):
-                    archive.extract(member, root)
-            (root / path.stem / ".whole").touch()
-    if name != "nocaps":
-        return 0
-
-    def picture(row):
-        try:
-            return None if fetch(row["coco_url"], root / row["file_name"]) else None
-        except ValueError as e:
-            return str(e)
-    rows = load(root / "nocaps_val_4500_captions.json")["images"]
-    with ThreadPoolExecutor(8) as pool:
-        wrong = [x for x in tqdm(pool.map(picture, rows), total=len(rows), desc="pictures") if x]
-    for reason in wrong[:5]:
-        print(f"data.py: {reason}", file=sys.stderr)
-    return len(wrong)
-
-
-def doorbell(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("set", choices=list(SOURCES), help="which public set to fetch")
-    cli.add_argument("--root", type=Path, help="where to put it; default data/ and its name")
-    args = cli.parse_args(argv)
-    root = args.root or Path("data") / args.set
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {command(path) or 'put it there'}")
     try:
-        wrong = fetch_set(args.set, root)
-        items = read(root, "test" if args.set == "coco" else "nocaps")
-    except (ValueError, OSError) as e:
-        return print(f"data.py: {e}", file=sys.stderr) or 2
-    there = sum(x.path.exists() for x in items)
-    print(f"data.py: {root} has {len(items)} items of its evaluation split, {there} of their pictures"
-          + (f"; {wrong} pictures could not be fetched: run this again" if wrong else ""))
-    return 0
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is no JSON that can be read ({type(e).__name__})") from e
+
+
+def read_rows(path):
+    """The rows of a JSON-lines file, [] where there is none. The beginning of a row, which a kill
+    leaves, is forgiven; any other line that is no row is a ValueError."""
+    path = Path(path)
+    rows = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(map(bytes.strip, lines), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("expected {name: value}")
+            rows.append(row)
+        except ValueError as e:
+            inner = isinstance(e, json.JSONDecodeError) and e.pos == len(e.doc)     # an inner }
+            if not line.startswith(b"{") or line.endswith(b"}") and not inner:
+                raise ValueError(f"{path}, line {number}: {e}") from e
+    return rows
+
+
+def append_rows(path, rows):
+    """Rows at the end of a JSON-lines file by one write: several processes may add to it, and a
+    kill cuts only the last line."""
+    new = as_lines(rows).encode()
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":                   # a line was cut: begin a new one
+                new = b"\n" + new
+        file.write(new)
+
+
+def write_rows(path, rows):
+    write_text(path, as_lines(rows))
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_text(path, text):
+    """A text file (UTF-8), written beside and then renamed: there is the old one, or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def same_settings(folder, settings):
+    """Whether settings.json in a folder holds these settings, {name: str}; where there is none it
+    is written. Raises ValueError where they differ: a run goes on only as it began."""
+    path = Path(folder) / "settings.json"
+    if not path.exists():
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return False
+    before = load_json(path)
+    other = [f"{name} was {before.get(name, 'None')}, is {value}"
+             for name, value in settings.items() if before.get(name, "None") != value]
+    if other:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(other)}): choose "
+                         "another --out")
+    return True
+
+
+def rank_and_world():
+    """(this process's number, how many there are), as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ---------------------------------------------------------------- the public sets
+SFR = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+COCO = "http://images.cocodataset.org/zips/"
+FILES = {                                               # address: MD5, as LAVIS publishes it
+    "coco": {
+        SFR + "coco_karpathy_train.json": "aa31ac474cf6250ebb81d18348a07ed8",
+        SFR + "coco_karpathy_val.json": "b273847456ef5580e33713b1f7de52a0",
+        SFR + "coco_karpathy_test.json": "3ff34b0ef2db02d01c37399f6a2a6cd1",
+        COCO + "train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
+        COCO + "val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3"},
+    "nocaps": {"https://nocaps.s3.amazonaws.com/" + NOCAPS: None}}
+
+
+def command(path):
+    """What fetches a file of a public set, checks it and, if it is right, unpacks it; else ""."""
+    for address, md5 in (FILES["coco"] | FILES["nocaps"]).items():
+        if address.endswith("/" + path.name):
+            steps = [shlex.join(["wget", "-c", "-P", str(path.parent), address])]
+            if md5:
+                steps.append(f"echo {shlex.quote(f'{md5}  {path}')} | md5sum -c")
+            if path.suffix == ".zip":
+                steps.append(shlex.join(["unzip", "-qo", str(path), "-d", str(path.parent)]))
+            return " && ".join(steps)
+    return ""
+
+
+def state(path, md5):
+    """Whether a file of a public set is there, and the right one."""
+    if not path.exists():
+        return "unpacked" if path.with_suffix("").is_dir() else "missing"
+    if md5 is None:
+        return "here"
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found == md5:
+        return "here, its MD5 is right"
+    return f"wrong or cut, its MD5 is {found}: if this does not mend it, delete it first"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=FILES, help="which public set to look for")
+    parser.add_argument("--root", type=Path, help="where it is; default data/ and its name")
+    args = parser.parse_args(argv)
+    root = args.root or Path("data", args.set)
+    todo = 0
+    for address, md5 in FILES[args.set].items():
+        path = root / address.rpartition("/")[2]
+        found = state(path, md5)
+        print(f"# {path}: {found}")
+        if found.startswith(("missing", "wrong")):
+            todo += 1
+            print(command(path))
+    items = [] if todo else read(root, default_split(root))
+    absent = sum(not item.path.exists() for item in items)
+    if items:
+        print(f"# {root}: {absent} of the {len(items)} pictures of its evaluation are missing")
+    if args.set == "nocaps" and (todo or absent):           # its pictures are in no archive
+        print(f"cat {shlex.quote(str(root / NOCAPS))} | grep -o '\"coco_url\": *\"[^\"]*' | "
+              f"cut -d '\"' -f 4 | xargs -n 50 -P 8 wget -c -nv -P {shlex.quote(str(root))}")
+    return int(todo + absent > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(doorbell())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        print(f"data.py: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)

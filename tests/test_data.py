@@ -1,5 +1,13 @@
-"""Readers of sets, and pictures of every kind."""
+"""Readers of sets, pictures of every kind, and what is kept from run to run."""
+import hashlib
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,33 +15,37 @@ import torch
 from PIL import Image
 
 import data
+from miniature import world
 
 
 def test_the_shipped_miniature_is_read_by_the_ordinary_readers():
-    from miniature import world
-    for split, count in (("val", 100), ("test", 150), ("in", 150), ("near", 150), ("out", 150), ("nocaps", 450)):
+    counts = {"val": 100, "test": 150, "in": 150, "near": 150, "out": 150, "nocaps": 450}
+    for split, count in counts.items():
         items = data.read("miniature", split)
-        assert len(items) == count and all(len(x.captions) == 5 and x.path.exists() for x in items)
+        assert len(items) == count
+        assert all(len(x.captions) == 5 and x.path.exists() for x in items)
         assert len({x.name for x in items}) == count
-    drawn = world.draw(world.sample("near", 7))                 # the files are the world's own pictures
+    drawn = world.draw(world.sample("near", 7))         # the files are the world's own pictures
     shipped = data.open_image(data.read("miniature", "near")[7].path).permute(1, 2, 0) * 255
     assert shipped.round().byte().numpy().tolist() == drawn.tolist()
 
 
 def test_blips_schema(tmp_path):
-    (tmp_path / "coco_karpathy_test.json").write_text(json.dumps(
-        [{"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["a man  on\na bike", "b"]}]))
+    row = {"image": "val2014/COCO_val2014_000000391895.jpg", "caption": ["a man  on\na bike", "b"]}
+    (tmp_path / "coco_karpathy_test.json").write_text(json.dumps([row]))
     (tmp_path / "coco_karpathy_train.json").write_text(json.dumps(
         [{"image": "a.jpg", "image_id": "coco_522418", "caption": c} for c in ("one", "two")]))
     test, train = data.read(tmp_path, "test"), data.read(tmp_path, "train")
     assert [(x.name, x.captions) for x in test] == [("391895", ["a man on a bike", "b"])]
     assert [(x.name, x.captions) for x in train] == [("522418", ["one", "two"])]
+    assert test[0].path == tmp_path / "val2014/COCO_val2014_000000391895.jpg"
     with pytest.raises(ValueError, match="coco_karpathy_val.json"):
         data.read(tmp_path, "val")
 
 
 def test_real_coco_captions(shared, tmp_path):
-    (tmp_path / "coco_karpathy_test.json").symlink_to(shared / "data/captions/coco_karpathy_test.json")
+    name = "coco_karpathy_test.json"
+    (tmp_path / name).symlink_to(shared / "data/captions" / name)
     items = data.read(tmp_path, "test")
     assert len(items) == 5000 and all(5 <= len(x.captions) <= 7 for x in items)
 
@@ -56,12 +68,42 @@ def test_what_is_missing_is_named(tmp_path):
         data.read(tmp_path)
     with pytest.raises(ValueError, match="nocaps_val_4500_captions.json is missing"):
         data.read(tmp_path, "near")
-    with pytest.raises(ValueError, match="no split 'tset'"):
+    with pytest.raises(ValueError, match="no split 'tset'.* test, val"):
         data.read("miniature", "tset")
+    (tmp_path / "x.png").touch()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "caption": "x"}')
+    with pytest.raises(ValueError, match="metadata.jsonl.*file_name and text.*caption"):
+        data.read(tmp_path)
+    (tmp_path / "x.json").write_text("[1,")
+    with pytest.raises(ValueError, match="x.json is no JSON that can be read"):
+        data.load_json(str(tmp_path / "x.json"))
+    with pytest.raises(ValueError, match="y.json is missing: put it there"):
+        data.load_json(tmp_path / "y.json")
+
+
+def test_the_split_a_set_is_evaluated_on(tmp_path):
+    assert data.default_split(tmp_path) == "test"
+    (tmp_path / "nocaps_val_4500_captions.json").touch()
+    assert data.default_split(str(tmp_path)) == "nocaps" == data.default_split("miniature")
+
+
+def test_nocaps(tmp_path):
+    rows = [{"id": i, "file_name": f"{i}.jpg", "domain": domain}
+            for i, domain in enumerate(("out-domain", "in-domain", "out-domain"))]
+    said = [{"image_id": 2, "caption": "a\u2028ring"}, {"image_id": 2, "caption": "b"}]
+    path = tmp_path / "nocaps_val_4500_captions.json"
+    path.write_text(json.dumps({"images": rows, "annotations": said}))
+    out = [(x.name, x.captions) for x in data.read(tmp_path, "out")]
+    assert out == [("0", []), ("2", ["a ring", "b"])]
+    assert [x.domain for x in data.read(tmp_path, "nocaps")] == [x["domain"] for x in rows]
+    path.write_text(json.dumps({"images": rows}))
+    with pytest.raises(ValueError, match="without captions"):
+        data.read(tmp_path, "in")
 
 
 @pytest.mark.parametrize("mode,colour,expected", [
-    ("RGB", (255, 0, 51), (1, 0, .2)), ("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)), ("RGBA", (0, 0, 0, 0), (1, 1, 1)),
+    ("RGB", (255, 0, 51), (1, 0, .2)), ("L", 51, (.2, .2, .2)), ("1", 1, (1, 1, 1)),
+    ("RGBA", (0, 0, 0, 0), (1, 1, 1)),
     ("RGBA", (255, 0, 0, 255), (1, 0, 0)), ("LA", (0, 0), (1, 1, 1)), ("P", 3, None),
     ("CMYK", (0, 255, 255, 0), (1, 0, 0)), ("I;16", 32768, (.5, .5, .5))])
 def test_every_mode(tmp_path, mode, colour, expected):
@@ -79,16 +121,18 @@ def test_every_mode(tmp_path, mode, colour, expected):
 def test_orientation_palette_transparency_and_animation(tmp_path):
     wide = Image.fromarray(np.arange(2 * 4 * 3, dtype=np.uint8).reshape(2, 4, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6                                            # the camera was turned: show it rotated by 90 degrees
+    exif[0x0112] = 6                        # the camera was turned: show it rotated by 90 degrees
     wide.save(tmp_path / "turned.png", exif=exif)
-    turned = (data.open_image(tmp_path / "turned.png") * 255).round().byte().permute(1, 2, 0).numpy()
+    turned = data.open_image(tmp_path / "turned.png") * 255
+    turned = turned.round().byte().permute(1, 2, 0).numpy()
     assert (turned == np.rot90(np.asarray(wide), -1)).all()
     p = Image.new("P", (2, 2), 1)
     p.putpalette([9, 9, 9, 200, 0, 0])
     p.save(tmp_path / "clear.gif", transparency=1)
     assert data.open_image(tmp_path / "clear.gif").min() == 1   # transparent: white
     black = Image.new("RGB", (2, 2))
-    Image.new("RGB", (2, 2), "red").save(tmp_path / "moving.gif", save_all=True, append_images=[black])
+    red = Image.new("RGB", (2, 2), "red")
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[black])
     assert data.open_image(tmp_path / "moving.gif")[0].min() > .99
 
 
@@ -108,91 +152,231 @@ def test_save_and_open_agree(tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
 
 
-# ---------------------------------------------------------------- fetching, from a server that misbehaves
-@pytest.fixture()
-def server():
-    """Serves /name of .files; .cut closes after that many bytes (once a request), .hashes sends ETags."""
-    import hashlib
-    import threading
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body, start = self.server.files.get(self.path[1:]), 0
-            self.server.asked.append((self.path[1:], self.headers.get("Range")))
-            if body is None:
-                return self.send_error(404)
-            if self.headers.get("Range") and self.server.ranges:
-                start = int(self.headers["Range"][6:-1])
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
-            self.send_header("ETag", f'"{hashlib.md5(self.server.true.get(self.path[1:], body)).hexdigest()}"')
-            self.end_headers()
-            self.wfile.write(body[start:start + self.server.cut])
-
-        def log_message(self, *args):
-            pass
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.files, http.true, http.asked, http.cut, http.ranges = {}, {}, [], 10 ** 9, True
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.url = f"http://127.0.0.1:{http.server_port}/"
-    yield http
-    http.shutdown()
+# ---------------------------------------------------------------- what is kept
+def test_rows_come_back(tmp_path):
+    """Every character, also those at which other readers break a line."""
+    path = tmp_path / "rows.jsonl"
+    assert data.read_rows(path) == []
+    rows = [{"item": "a\u2028b\x85c\n", "caption": "ein Fu\u00dfg\u00e4nger"},
+            {"n": {"x": None}}, {"y": 1.5}]
+    data.append_rows(path, rows[:1])
+    data.append_rows(str(path), rows[1:])
+    assert data.read_rows(path) == rows and path.read_bytes().count(b"\n") == 3
+    data.write_rows(path, rows[1:])
+    assert data.read_rows(str(path)) == rows[1:]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\n\n")
+    assert data.read_rows(path) == rows[1:]
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_cut_download_goes_on(server, tmp_path, ranges):
-    server.files["a.bin"], server.cut, server.ranges = bytes(range(256)) * 40, 4000, ranges
-    if not ranges:
-        server.cut = 10 ** 9
-        (tmp_path / "a.bin.part").write_bytes(b"what an earlier server gave")
-    data.fetch(server.url + "a.bin", tmp_path / "a.bin", wait=0)
-    assert (tmp_path / "a.bin").read_bytes() == server.files["a.bin"] and not list(tmp_path.glob("*.part"))
-    assert [r for _, r in server.asked] == ([None, "bytes=4000-", "bytes=8000-"] if ranges else ["bytes=27-"])
-    data.fetch(server.url + "a.bin", tmp_path / "a.bin")
-    assert len(server.asked) == (3 if ranges else 1)                         # nothing is fetched twice
+def test_a_kill_anywhere_costs_one_row(tmp_path):
+    """Cut at any byte, within a letter or after an inner brace: what was whole is read, and what is
+    appended afterwards too."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"item": 1}, {"item": "\u00df", "scores": {"a": {"b": -1.5}}, "more": [True, None, {}]}]
+    data.append_rows(path, rows)
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole)):
+        path.write_bytes(whole[:end])
+        kept = rows if end == len(whole) - 1 else rows[:1]        # only the line's end is missing
+        assert data.read_rows(path) == kept
+        data.append_rows(path, [{"item": 2}])
+        assert data.read_rows(path) == [*kept, {"item": 2}]
 
 
-def test_a_download_that_stays_cut_is_kept(server, tmp_path):
-    server.files["a.bin"], server.cut = b"x" * 1000, 100
-    with pytest.raises(ValueError, match="3 tries failed .300 of 1000 bytes.*run this again"):
-        data.fetch(server.url + "a.bin", tmp_path / "a.bin", tries=3, wait=0)
-    server.cut = 10 ** 9
-    assert data.fetch(server.url + "a.bin", tmp_path / "a.bin").stat().st_size == 1000
+@pytest.mark.parametrize("line", [b'{"a": 1,, "b": 2}', b"hello", b"[1]", b"5", b'{"a": 1} }',
+                                  b'"a": 1}', b'{"a": "\xdf"}'])
+def test_what_no_kill_leaves_is_refused(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 0}\n' + line + b'\n{"a": 2}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 2"):
+        data.read_rows(path)
 
 
-def test_wrong_bytes_are_deleted(server, tmp_path):
-    server.files["a.bin"], server.true["a.bin"] = b"wrong", b"right"
-    for md5 in (None, "0" * 32):
-        with pytest.raises(ValueError, match="wrong bytes.*deleted"):
-            data.fetch(server.url + "a.bin", tmp_path / "a.bin", md5, wait=0)
-        assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="404.*put it at"):
-        data.fetch(server.url + "none.bin", tmp_path / "none.bin", wait=0)
+def test_rows_of_an_item_are_one_write(tmp_path):
+    """Several processes append: their rows are whole, whoever comes first."""
+    path = tmp_path / "rows.jsonl"
+    code = ("import data, sys\nfor i in range(60):\n"
+            "    rows = [{'by': sys.argv[2], 'i': i, 'j': j} for j in range(20)]\n"
+            "    data.append_rows(sys.argv[1], rows)")
+    command = [sys.executable, "-c", code, str(path)]
+    root = Path(data.__file__).parent
+    workers = [subprocess.Popen([*command, name], cwd=root) for name in "ab"]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    rows = data.read_rows(path)
+    for start in range(0, len(rows), 20):
+        assert len({(row["by"], row["i"]) for row in rows[start:start + 20]}) == 1
+    assert len(rows) == 2 * 60 * 20
 
 
-def test_sets_are_fetched_unpacked_and_read(server, tmp_path, monkeypatch, capsys, images):
-    import io
-    import zipfile
-    data.save_image(images[0], tmp_path / "0.png")
-    picture, packed = (tmp_path / "0.png").read_bytes(), io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as z:
-        z.writestr("val2014/COCO_val2014_000000000042.png", picture)
-    server.files |= {"v.zip": packed.getvalue(), "t.json": json.dumps(
-        [{"image": "val2014/COCO_val2014_000000000042.png", "caption": ["a ring"]}]).encode()}
-    rows = [{"id": i, "file_name": f"{i}.png", "domain": "out-domain", "coco_url": f"{server.url}{i}.png"}
-            for i in (1, 2)]
-    server.files |= {"1.png": picture, "n.json": json.dumps(
-        {"images": rows, "annotations": [{"image_id": 1, "id": 0, "caption": "a ring"}]}).encode()}
-    monkeypatch.setattr(data, "SOURCES", {
-        "coco": {"coco_karpathy_test.json": (server.url + "t.json", None), "val2014.zip": (server.url + "v.zip", None)},
-        "nocaps": {"nocaps_val_4500_captions.json": (server.url + "n.json", None)}})
-    assert data.doorbell(["coco", "--root", str(tmp_path / "coco")]) == 0
-    assert data.doorbell(["nocaps", "--root", str(tmp_path / "nocaps")]) == 0
-    out = capsys.readouterr()
-    assert "has 1 items of its evaluation split, 1 of their pictures" in out.out and "404" in out.err
-    assert "has 2 items of its evaluation split, 1 of their pictures; 1 pictures could not be fetched" in out.out
-    assert data.open_image(data.read(tmp_path / "coco", "test")[0].path).shape == (3, 32, 32)
-    (tmp_path / "nocaps/nocaps_val_4500_captions.json").unlink()
-    with pytest.raises(ValueError, match="is missing: put it there from http.*python data.py nocaps"):
-        data.read(tmp_path / "nocaps", "out")
+def test_text_is_old_or_new(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.txt"
+    data.write_text(path, "old \u00df")
+    assert path.read_bytes() == "old \u00df".encode()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_text(str(path), "new")
+    assert path.read_text(encoding="utf-8") == "old \u00df"
+    monkeypatch.undo()
+    data.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_run_goes_on_only_as_it_began(tmp_path):
+    out = tmp_path / "out"
+    assert data.same_settings(out, {"n": "10", "ckpt": "None"}) is False
+    assert json.loads((out / "settings.json").read_text()) == {"n": "10", "ckpt": "None"}
+    before = (out / "settings.json").read_bytes()
+    assert data.same_settings(out, {"n": "10", "ckpt": "None"}) is True
+    assert data.same_settings(str(out), {"n": "10", "ckpt": "None", "new": "None"}) is True
+    with pytest.raises(ValueError) as e:
+        data.same_settings(out, {"n": "11", "ckpt": "x", "new": "1"})
+    assert str(e.value) == (f"{out} holds a run with other settings (n was 10, is 11; ckpt was "
+                            "None, is x; new was None, is 1): choose another --out")
+    assert (out / "settings.json").read_bytes() == before
+    assert [x.name for x in out.iterdir()] == ["settings.json"]
+
+
+def test_pictures_have_short_names_of_their_own():
+    name = "a/b" * 30 + "/dog.and cat.jpg"
+    tail = hashlib.sha1(name.encode()).hexdigest()[:8]
+    assert data.picture_name(name) == f"dog.and cat-{tail}"
+    assert data.picture_name(name, 0) == f"dog.and cat-{tail}-0"
+    assert data.picture_name(name, 3, "sentence") == f"sentence-{tail}-3"
+    assert len(data.picture_name("x" * 300)) == 49
+    assert data.picture_name("1/x.png") != data.picture_name("2/x.png")
+
+
+def test_rank_and_world(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert data.rank_and_world() == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert data.rank_and_world() == (3, 8)
+
+
+# ---------------------------------------------------------------- the public sets
+def small_coco(folder, images):
+    """What the addresses hold: a karpathy file of one picture, and an archive with it."""
+    folder.mkdir()
+    data.save_image(images[0], folder / "0.png")
+    with zipfile.ZipFile(folder / "val2014.zip", "w") as archive:
+        archive.write(folder / "0.png", "val2014/COCO_val2014_000000000042.png")
+    rows = [{"image": "val2014/COCO_val2014_000000000042.png", "caption": ["a ring"]}]
+    (folder / "coco_karpathy_test.json").write_text(json.dumps(rows))
+    known = {}
+    for name in ("coco_karpathy_test.json", "val2014.zip"):
+        known[f"file://{folder}/{name}"] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    return known
+
+
+def commands_of(text):
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def shell(command, env=None):
+    return subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
+
+
+def stand_in(folder):
+    """wget, md5sum and unzip as far as they are used: a cut file goes on, what is whole stays."""
+    folder.mkdir()
+    wget = """#!PYTHON
+import os, sys
+assert sys.argv[1:3] == ["-c", "-P"]
+root, address = sys.argv[3:]
+source, path = address.removeprefix("file://"), os.path.join(root, address.rpartition("/")[2])
+os.makedirs(root, exist_ok=True)
+with open(path, "ab") as f:
+    f.write(open(source, "rb").read()[f.tell():])
+"""
+    unzip = """#!PYTHON
+import sys, zipfile
+assert sys.argv[1] == "-qo" and sys.argv[3] == "-d"
+zipfile.ZipFile(sys.argv[2]).extractall(sys.argv[4])
+"""
+    for name, text in (("wget", wget), ("unzip", unzip)):
+        (folder / name).write_text(text.replace("PYTHON", sys.executable))
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_commands_fetch_check_and_unpack(tmp_path, monkeypatch, capsys, images):
+    """Run by a shell they make a set that is read; wrong bytes are named and never unpacked."""
+    known = small_coco(tmp_path / "web", images)
+    monkeypatch.setattr(data, "FILES", {"coco": known, "nocaps": {}})
+    env = stand_in(tmp_path / "bin")
+    root = tmp_path / "here and there"                  # a space in its name
+
+    assert data.main(["coco", "--root", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert out.count(": missing\n") == 2 and not root.exists()
+    for command in commands_of(out):
+        assert shell(command, env).returncode == 0
+    assert data.main(["coco", "--root", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("here, its MD5 is right") == 2 and not commands_of(out)
+    assert "0 of the 1 pictures of its evaluation are missing" in out
+    assert data.open_image(data.read(root, "test")[0].path).shape == (3, 32, 32)
+
+    (root / "val2014.zip").unlink()                     # the archive is needed no more
+    assert data.main(["coco", "--root", str(root)]) == 0
+    assert "val2014.zip: unpacked" in capsys.readouterr().out
+    (root / "val2014/COCO_val2014_000000000042.png").unlink()
+    assert data.main(["coco", "--root", str(root)]) == 1
+    assert "1 of the 1 pictures of its evaluation are missing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="000042.png is missing: wget -c .*val2014.zip .*unzip"):
+        data.open_image(data.read(root, "test")[0].path)
+
+    (root / "val2014.zip").write_bytes(b"wrong" * 1000)
+    assert data.main(["coco", "--root", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "val2014.zip: wrong or cut" in out and len(commands_of(out)) == 1
+    failed = shell(commands_of(out)[0], env)
+    assert failed.returncode and "FAILED" in failed.stdout
+    assert not any((root / "val2014").iterdir())
+    whole = (tmp_path / "web/val2014.zip").read_bytes()
+    (root / "val2014.zip").write_bytes(whole[:50])      # a cut one goes on
+    assert shell(commands_of(out)[0], env).returncode == 0
+    assert data.main(["coco", "--root", str(root)]) == 0
+
+
+def test_the_pictures_of_nocaps(tmp_path, capsys):
+    """Fetched one by one, by the addresses in its file; who has them all is told so."""
+    assert data.main(["nocaps", "--root", str(tmp_path)]) == 1
+    first, second = commands_of(capsys.readouterr().out)
+    assert re.match(r"wget -c -P \S+ https://nocaps.*nocaps_val_4500_captions.json$", first)
+    rows = [{"id": i, "file_name": f"{i}.jpg", "domain": "in-domain",
+             "coco_url": f"https://x.org/{i}.jpg"} for i in range(3)]
+    path = tmp_path / "nocaps_val_4500_captions.json"
+    path.write_text(json.dumps({"images": rows, "annotations": []}))
+    assert data.main(["nocaps", "--root", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "3 of the 3 pictures" in out and commands_of(out) == [second]
+    assert shlex.split(second)[-1] == str(tmp_path)
+    said = shell(second.replace("wget", "echo wget")).stdout.split()
+    assert said[-3:] == [row["coco_url"] for row in rows]
+    for row in rows:
+        (tmp_path / row["file_name"]).touch()
+    assert data.main(["nocaps", "--root", str(tmp_path)]) == 0
+    assert not commands_of(capsys.readouterr().out)
+
+
+def test_a_missing_file_is_named_with_its_command(tmp_path):
+    with pytest.raises(ValueError, match="is missing: wget -c .*nocaps_val_4500_captions.json$"):
+        data.read(tmp_path, "out")
+    with pytest.raises(ValueError, match="is missing: wget -c .*md5sum -c$"):
+        data.load_json(tmp_path / "coco_karpathy_val.json")
+    with pytest.raises(ValueError, match="x.png is missing: no such picture"):
+        data.open_image(tmp_path / "x.png")
+
+
+def test_the_published_checksum_is_the_true_files(shared):
+    """Of the one file of the set that is at hand."""
+    path = shared / "data/captions/coco_karpathy_test.json"
+    known = {address.rpartition("/")[2]: md5 for address, md5 in data.FILES["coco"].items()}
+    assert data.state(path, known[path.name]) == "here, its MD5 is right"
