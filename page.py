@@ -27,8 +27,7 @@ section { margin: 2em 0; padding-top: 1em; border-top: 1px solid #ddd }
 .row { display: flex; flex-wrap: wrap; gap: 16px }
 figure { margin: 0; width: 192px; padding: 8px; background: #fff; border-radius: 8px }
 figure.best { outline: 4px solid #d9a300 }
-img { image-rendering: pixelated; display: block }
-small { color: #777; display: block }
+img { image-rendering: pixelated; display: block } small { color: #777; display: block }
 </style>
 <h1>parley: TITLE</h1>"""
 
@@ -71,26 +70,28 @@ def sheet(groups, by, path, side=136, most=6):
         below = y + side + 6
         canvas.paste(frame(picture, side), (gap, y))
         if picture:
-            write(pen, gap, below, "the input", "black", 13)
+            write(pen, gap, below, "the input", size=13)
         else:
-            write(pen, gap + 8, y + 10, words, "black", 13, width=17, lines=9)
+            write(pen, gap + 8, y + 10, words, size=13, width=17, lines=9)
         for c, row in enumerate(rows):
             x = 2 * gap + (c + 1) * across
             picture = drawn(row, path)
             canvas.paste(frame(picture, side), (x, y))
             if picture is None:
                 write(pen, x + 8, y + 10, "not drawn", GREY)
+            colour = GREY
             if c == 0:
+                colour = BROWN
                 corners = x - 4, y - 4, x + side + 3, y + side + 3
                 pen.rectangle(corners, outline=GOLD, width=4)
             score = row["scores"].get(by)
             score = "-" if score is None else f"{score:.3f}"
-            write(pen, x, below, f"{c + 1}.  {by} {score}", BROWN if c == 0 else GREY, 13)
-            write(pen, x, below + 16, row["caption"], "black")
+            write(pen, x, below, f"{c + 1}.  {by} {score}", colour, 13)
+            write(pen, x, below + 16, row["caption"])
     canvas.save(path)
 
 
-def write(pen, x, y, words, colour, size=11, width=23, lines=4):
+def write(pen, x, y, words, colour="black", size=11, width=23, lines=4):
     """Words from (x, y) on, wrapped after `width` letters, the first `lines` of them."""
     font = ImageFont.load_default(size)
     for line in textwrap.wrap(words, width)[:lines]:
@@ -115,10 +116,12 @@ def index(groups, by, direction, note, path, most=200):
             caption = escape(row["caption"])
             if picture and "words" in row:
                 caption = shade(row["words"])
-            out.append(f"<figure{best}>{embedded(drawn(row, path))}<b>{place}.</b> {caption}")
-            known = {name: score for name, score in row["scores"].items() if score is not None}
-            scores = [f"{escape(name)} {score:.3f}<br>" for name, score in known.items()]
-            out += ["<small>", *scores, "</small></figure>"]
+            out.append(f"<figure{best}>{embedded(drawn(row, path))}")
+            out.append(f"<b>{place}.</b> {caption}<small>")
+            for name, score in row["scores"].items():
+                if score is not None:
+                    out.append(f"{escape(name)} {score:.3f}<br>")
+            out.append("</small></figure>")
         out.append("</div></section>")
     out.append(f"<p><small>ranked by {escape(by)}</small></html>\n")
     path.write_text("\n".join(out), encoding="utf-8")
