@@ -1,13 +1,13 @@
-"""Best of N for one item: its candidates as rows, how they are ranked, and pairs of preferences.
+"""Best of N: candidates as rows, how they are kept and ranked, their words, preference pairs.
 
-    rows = captions_for(image, "photo.jpg", captioner, generator, {}, scorer="denoise")
+    rows, = captions_for([image], ["photo.jpg"], captioner, generator, {}, scorer="denoise")
     best_first(rows, "denoise")[0]["caption"]
 
 A row is what a line of candidates.jsonl holds of a candidate: {"caption", "picture", "likelihood",
 "scores": {name: number or None, higher = better}}, by `denoise` also "error" and "gap".
 Copy this file with cycle.py, losses.py and data.py.
 
-Letters: n candidates, H W pixels.
+Letters: B items, n candidates of each, H W pixels.
 """
 import itertools
 import math
@@ -23,50 +23,66 @@ IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
 
 
 # ---------------------------------------------------------------- the two conversations
-def captions_for(image, item, captioner, generator, likeness, clip=None, scorer="full", n=10,
+def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="full", n=10,
                  seed=0, draws=12, speak=None, draw=None):
-    """n captions of a picture (3, H, W) with their scores: n rows. By `denoise` none is drawn.
+    """n captions of each picture (3, H, W) with their scores: n rows an item. By `denoise` only the
+    best is drawn, in 0 `steps` none.
 
-    item: what chance hangs on; likeness: as in cycle.image_text_image; clip: a judge that compares
+    items: what chance hangs on; likeness: as in cycle.image_text_image; clip: a judge that compares
     picture and caption; draws: noises of `denoise`; speak, draw: more arguments of the speakers.
     """
+    speak, draw = speak or {}, draw or {}
+    found = []                                   # of each item its columns and scores
     if scorer == "denoise":
-        captions, likelihood = captioner.speak([image], n, seed=seed, items=[item], **speak or {})
-        columns = {"caption": captions[0], "picture": [None] * n, "likelihood": likelihood[0]}
-        timesteps, noise = cycle.noises(generator, draws, seed, item)
-        loss = losses.score(generator, image, captions[0], timesteps, noise, batch_of(draw))
-        scores = denoise_scores(loss, columns)
+        captions, likelihood = captioner.speak(images, n, seed=seed, items=items, **speak)
+        for image, item, said, log_p in zip(images, items, captions, likelihood):
+            columns = {"caption": said, "picture": [None] * n, "likelihood": log_p}
+            timesteps, noise = cycle.noises(generator, draws, seed, item)
+            loss = losses.score(generator, image, said, timesteps, noise, draw.get("batch", 16))
+            found.append((columns, denoise_scores(loss, columns)))
     else:
-        talk = cycle.image_text_image(captioner, generator, [image], n, likeness, seed, [item],
+        talk = cycle.image_text_image(captioner, generator, images, n, likeness, seed, items,
                                       speak, draw)
-        columns, scores = of_one(talk)
-    if clip:                                     # the baseline without a cycle
-        scores["clipscore"] = clip.score(image[None], columns["caption"])
-    return rows_of(columns, scores)
+        found = [of_item(talk, b) for b in range(len(images))]
+    groups = []
+    for image, (columns, scores) in zip(images, found):
+        if clip:                                 # the baseline without a cycle
+            scores["clipscore"] = clip.score(image[None], columns["caption"])
+        groups.append(rows_of(columns, scores))
+    if scorer == "denoise" and draw.get("steps", 50) > 0:
+        winners = [best_first(rows, "denoise")[0] for rows in groups]
+        captions = [row["caption"] for row in winners]
+        for row, picture in zip(winners, generator.draw(captions, items, seed, **draw)):
+            row["picture"] = picture
+    return groups
 
 
-def pictures_for(text, item, captioner, generator, likeness, clip=None, scorer="full", n=10,
+def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="full", n=10,
                  seed=0, draws=12, speak=None, draw=None):
-    """n pictures (3, H, W) of a text with their scores: n rows. By `denoise` none is read: their
-    caption is the text. likeness: as in cycle.text_image_text; the rest as in captions_for."""
+    """n pictures (3, H, W) of each text with their scores: n rows an item. By `denoise` none is
+    read: their caption is the text. likeness: as in cycle.text_image_text; the rest as above."""
+    speak, draw = speak or {}, draw or {}
+    found = []
     if scorer == "denoise":
-        each = [(item, j) for j in range(n)]     # what the noise of each hangs on
-        pictures = generator.draw([text] * n, each, seed, **draw or {})
-        columns = {"caption": [text] * n, "picture": pictures, "likelihood": [math.nan] * n}
-        timesteps, noise = cycle.noises(generator, draws, seed, item)
-        loss = losses.score(generator, pictures, [text], timesteps, noise, batch_of(draw))
-        scores = denoise_scores(loss, columns)
+        wanted = [text for text in texts for _ in range(n)]
+        each = [(item, j) for item in items for j in range(n)]    # what the noise of each hangs on
+        drawn = generator.draw(wanted, each, seed, **draw)                     # (B n, 3, H, W)
+        for text, item, pictures in zip(texts, items, drawn.split(n)):
+            columns = {"caption": [text] * n, "picture": pictures, "likelihood": [math.nan] * n}
+            timesteps, noise = cycle.noises(generator, draws, seed, item)
+            loss = losses.score(generator, pictures, [text], timesteps, noise,
+                                draw.get("batch", 16))
+            found.append((columns, denoise_scores(loss, columns)))
     else:
-        talk = cycle.text_image_text(captioner, generator, [text], n, likeness, seed, [item],
-                                     speak, draw)
-        columns, scores = of_one(talk)
-    if clip:
-        scores["clipscore"] = clip.score(columns["picture"], [text])
-    return rows_of(columns, scores)
-
-
-def batch_of(draw):
-    return (draw or {}).get("batch", 16)
+        talk = cycle.text_image_text(captioner, generator, texts, n, likeness, seed, items, speak,
+                                     draw)
+        found = [of_item(talk, b) for b in range(len(texts))]
+    groups = []
+    for text, (columns, scores) in zip(texts, found):
+        if clip:
+            scores["clipscore"] = clip.score(columns["picture"], [text])
+        groups.append(rows_of(columns, scores))
+    return groups
 
 
 def denoise_scores(loss, columns):
@@ -78,11 +94,11 @@ def denoise_scores(loss, columns):
     return {"denoise": -mean}
 
 
-def of_one(talk):
-    """Columns and scores of a conversation over one item."""
-    columns = {"caption": talk.captions[0], "picture": talk.images[0],
-               "likelihood": talk.likelihood[0]}
-    return columns, {name: score[0] for name, score in talk.scores.items()}
+def of_item(talk, b):
+    """Columns and scores of item b of a conversation."""
+    columns = {"caption": talk.captions[b], "picture": talk.images[b],
+               "likelihood": talk.likelihood[b]}
+    return columns, {name: score[b] for name, score in talk.scores.items()}
 
 
 def rows_of(columns, scores):

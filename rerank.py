@@ -268,34 +268,25 @@ def show_worth(groups, items):
 
 # ---------------------------------------------------------------- the road
 def converse(items, direction, out, how):
-    """Has the conversation over each item and keeps its rows; returns why items were skipped.
-    how: arguments of captions_for and pictures_for by name."""
-    generator, seed, draw = how["generator"], how["seed"], how["draw"]
-    winners = direction == IMAGE and how["scorer"] == "denoise" and draw["steps"] > 0
-    chunk = max(1, draw["batch"] // how["n"])    # items whose winners are drawn together
+    """Has the conversation over items, some at a time, and keeps their rows. Returns why items were
+    skipped. how: arguments of captions_for and pictures_for by name."""
+    conversation = best_of_n.captions_for if direction == IMAGE else best_of_n.pictures_for
+    chunk = max(1, how["draw"]["batch"] // how["n"])
+    quiet = data.rank_and_world()[0] > 0
     skipped = []
-    bar = tqdm(total=len(items), desc=f"{direction}, N = {how['n']}",
-               disable=data.rank_and_world()[0] > 0)
+    bar = tqdm(total=len(items), desc=f"{direction}, N = {how['n']}", disable=quiet)
     for start in range(0, len(items), chunk):
-        groups = []
-        for item in items[start:start + chunk]:
-            if direction == TEXT:
-                groups.append((item, best_of_n.pictures_for(item.captions[0], item.name, **how)))
-                continue
+        given = {}                               # pictures, or texts, by their items' places
+        for i, item in enumerate(items[start:start + chunk], start):
             try:
-                image = data.open_image(item.path)
+                given[i] = item.captions[0] if direction == TEXT else data.open_image(item.path)
             except ValueError as e:
                 skipped.append(str(e))
-                continue
-            groups.append((item, best_of_n.captions_for(image, item.name, **how)))
-        if winners and groups:
-            best = [best_first(rows, "denoise")[0] for _, rows in groups]
-            drawn = generator.draw([row["caption"] for row in best],
-                                   [item.name for item, _ in groups], seed, **draw)
-            for row, picture in zip(best, drawn):
-                row["picture"] = picture
-        for item, rows in groups:
-            best_of_n.keep(item, rows, direction, seed, generator, out)
+        if given:
+            names = [items[i].name for i in given]
+            groups = conversation(list(given.values()), names, **how)
+            for i, rows in zip(given, groups):
+                best_of_n.keep(items[i], rows, direction, how["seed"], how["generator"], out)
         bar.update(len(items[start:start + chunk]))
     bar.close()
     return skipped

@@ -1,4 +1,5 @@
-"""rerank.py from end to end on the miniature: what comes out, what is refused, what a kill leaves."""
+"""rerank.py from end to end on the miniature: what comes out, what is refused, what a kill
+leaves."""
 import json
 import os
 import shutil
@@ -46,11 +47,13 @@ def test_what_comes_out(finished, capsys):
     lines = rows(finished)
     assert len(lines) == 9 and [r["candidate"] for r in lines[:3]] == [0, 1, 2]
     for r in lines:
-        assert set(r["scores"]) == {"clip", "dino", "pixel", "clipscore", "likelihood"} == set(r["rank"])
+        assert set(r["scores"]) == {"clip", "dino", "pixel", "clipscore", "likelihood"}
+        assert set(r["rank"]) == set(r["scores"])
         assert Image.open(finished / r["picture"]).size == (32, 32)
     for item in {r["item"] for r in lines}:
         mine = [r for r in lines if r["item"] == item]
-        assert sorted(mine, key=lambda r: r["rank"]["clip"]) == sorted(mine, key=lambda r: -r["scores"]["clip"])
+        by_rank = sorted(mine, key=lambda r: r["rank"]["clip"])
+        assert by_rank == sorted(mine, key=lambda r: -r["scores"]["clip"])
     best = json.loads((finished / "best.json").read_text())
     assert all(best[r["item"]]["caption"] == r["caption"] for r in lines if r["rank"]["clip"] == 0)
     assert Image.open(finished / "sheet.png").width > 400
@@ -73,7 +76,8 @@ def test_again_redoes_nothing_and_ranks_anew(finished, monkeypatch, tmp_path, ca
     assert run("--limit", 3, "--by", "pixel", out=out) == 0
     assert rows(out) == rows(finished)
     best = json.loads((out / "best.json").read_text())
-    assert all(best[r["item"]]["caption"] == r["caption"] for r in rows(out) if r["rank"]["pixel"] == 0)
+    first = [r for r in rows(out) if r["rank"]["pixel"] == 0]
+    assert all(best[r["item"]]["caption"] == r["caption"] for r in first)
     with pytest.raises(ValueError, match="--by sbert"):
         run("--limit", 3, "--by", "sbert", out=out)
 
@@ -82,7 +86,7 @@ def test_after_a_kill_it_goes_on(finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     whole = (out / "candidates.jsonl").read_text()
-    (out / "candidates.jsonl").write_text(whole[:len(whole) // 2])          # in the middle of a line
+    (out / "candidates.jsonl").write_text(whole[:len(whole) // 2])      # within a line
     assert run("--limit", 3, out=out) == 0
     assert core(out) == core(finished)
 
@@ -99,8 +103,9 @@ def test_another_set_is_another_run(finished):
 
 
 def test_images_for_sentences(tmp_path):
-    (tmp_path / "two.txt").write_text("a small red ball on the grass\n\na large blue ring at night\n")
-    assert run(tmp_path / "two.txt", "--likeness", "sbert", "clip", "cider", out=tmp_path / "out") == 0
+    two = tmp_path / "two.txt"
+    two.write_text("a small red ball on the grass\n\na large blue ring at night\n")
+    assert run(two, "--likeness", "sbert", "clip", "cider", out=tmp_path / "out") == 0
     lines = rows(tmp_path / "out")
     assert len(lines) == 6 and lines[0]["item"] == "a small red ball on the grass"
     assert set(lines[0]["scores"]) == {"sbert", "clip", "cider", "clipscore", "likelihood"}
@@ -108,7 +113,8 @@ def test_images_for_sentences(tmp_path):
 
 def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
     for i, mode in enumerate(("RGBA", "L", "CMYK")):
-        Image.new(mode, (40 + i, 30)).save(tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+        ending = "jpg" if mode == "CMYK" else "png"
+        Image.new(mode, (40 + i, 30)).save(tmp_path / f"{mode}.{ending}")
     (tmp_path / "broken.png").write_bytes(b"nothing")
     assert run(tmp_path, "--likeness", "pixel", out=tmp_path / "out") == 0
     assert len({r["item"] for r in rows(tmp_path / "out")}) == 3
@@ -119,30 +125,32 @@ def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv,said", [
-    (["no.png"], "no.png: no such picture"), (["a red ball", "PICTURE"], "one kind"), ([" "], "empty sentence"),
-    (["list.json"], "list.json: expected a JSON list"), (["--data", "/no/set"], "no data set at /no/set"),
+    (["no.png"], "no.png: no such picture"), (["a red ball", "PICTURE"], "one kind"),
+    ([" "], "empty sentence"), (["list.json"], "list.json: expected a JSON list"),
+    (["no.txt"], "no.txt: no such file"), (["--data", "/no/set"], "no data set at /no/set"),
     (["--captioner", "vit_b", "PICTURE"], "'vit_b'"), (["--likeness", "ssim"], "'ssim'"),
     (["--captioner", "vitb"], "nothing to rerank")])
 def test_bad_input_is_refused(tmp_path, argv, said):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     (tmp_path / "list.json").write_text("{}")
-    argv = [str(tmp_path / "x.png") if a == "PICTURE" else str(tmp_path / a) if a == "list.json" else a for a in argv]
+    known = {"PICTURE": tmp_path / "x.png", "list.json": tmp_path / "list.json"}
+    argv = [str(known.get(a, a)) for a in argv]
     with pytest.raises(ValueError) as e:
         run(*argv, out=tmp_path / "out")
     assert said in str(e.value) and not (tmp_path / "out").exists()
 
 
 def test_a_refusal_is_one_line_and_exit_2(tmp_path):
-    out = subprocess.run([sys.executable, "rerank.py", "no.png", "--out", str(tmp_path / "out")], cwd=ROOT,
-                         capture_output=True, text=True)
+    command = [sys.executable, "rerank.py", "no.png", "--out", str(tmp_path / "out")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr == "rerank.py: no.png: no such picture\n"
 
 
 def test_two_processes_share_the_work(finished, tmp_path):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "rerank.py", "-n", "3",
-                    "--steps", "2", "--scorer", "full", "--limit", "3", "--device", "cpu", "--out",
-                    str(tmp_path / "out")], cwd=ROOT, check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    argv = ["-n", "3", "--steps", "2", "--scorer", "full", "--limit", "3", "--device", "cpu"]
+    subprocess.run([*torchrun, "rerank.py", *argv, "--out", str(tmp_path / "out")], cwd=ROOT,
+                   check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert core(tmp_path / "out") == core(finished)
 
 
@@ -215,29 +223,32 @@ def test_pictures_of_a_text_by_denoising(tmp_path):
 
 
 # ---------------------------------------------------------------- one item, by hand
-def test_captions_for_one_picture(captioner, generator, images):
+def test_captions_for_two_pictures(captioner, generator, images):
     """Scores against the rooms' own functions, one at a time."""
     def darker(pictures, image):
         return image.mean() - pictures.mean((1, 2, 3))
-    found = best_of_n.captions_for(images[0], "x", captioner, generator, {"darker": darker}, n=3,
-                                   seed=5, draw={"steps": 2})
-    captions, likelihood = captioner.speak(images[:1], 3, seed=5, items=["x"])
-    for j, row in enumerate(found):
-        drawn = generator.draw([captions[0][j]], ["x"], 5, steps=2)[0]
-        assert row["caption"] == captions[0][j] and "error" not in row
-        assert (row["picture"] - drawn).abs().max() < 1e-3
-        expected = float(images[0].mean() - drawn.mean())
-        assert row["scores"]["darker"] == pytest.approx(expected, abs=1e-3)
-        assert row["scores"]["likelihood"] == row["likelihood"]
-        assert row["likelihood"] == pytest.approx(float(likelihood[0, j]), abs=1e-4)
-    cheap = best_of_n.captions_for(images[0], "x", captioner, generator, {}, scorer="denoise", n=3,
-                                   seed=5, draws=4)
-    noises = cycle.noises(generator, 4, 5, "x")
-    loss = torch.cat([losses.score(generator, images[0], [c], *noises) for c in captions[0]], 1)
-    assert [r["scores"]["denoise"] for r in cheap] == pytest.approx((-loss.mean(0)).tolist(),
-                                                                    abs=1e-5)
-    assert [r["picture"] for r in cheap] == [None] * 3
-    assert [r["caption"] for r in cheap] == captions[0]
+    how = {"n": 3, "seed": 5, "items": ["x", "y"]}
+    both = best_of_n.captions_for(images[:2], captioner=captioner, generator=generator,
+                                  likeness={"darker": darker}, draw={"steps": 2}, **how)
+    captions, likelihood = captioner.speak(images[:2], 3, seed=5, items=["x", "y"])
+    for b, item in enumerate("xy"):
+        for j, row in enumerate(both[b]):
+            drawn = generator.draw([captions[b][j]], [item], 5, steps=2)[0]
+            assert row["caption"] == captions[b][j] and "error" not in row
+            assert (row["picture"] - drawn).abs().max() < 1e-3
+            expected = float(images[b].mean() - drawn.mean())
+            assert row["scores"]["darker"] == pytest.approx(expected, abs=1e-3)
+            assert row["scores"]["likelihood"] == row["likelihood"]
+            assert row["likelihood"] == pytest.approx(float(likelihood[b, j]), abs=1e-4)
+    cheap = best_of_n.captions_for(images[:2], captioner=captioner, generator=generator,
+                                   likeness={}, scorer="denoise", draws=4, draw={"steps": 0}, **how)
+    for b, item in enumerate("xy"):
+        noises = cycle.noises(generator, 4, 5, item)
+        loss = torch.cat([losses.score(generator, images[b], [c], *noises) for c in captions[b]], 1)
+        found = [row["scores"]["denoise"] for row in cheap[b]]
+        assert found == pytest.approx((-loss.mean(0)).tolist(), abs=1e-5)
+        assert [row["picture"] for row in cheap[b]] == [None] * 3
+        assert [row["caption"] for row in cheap[b]] == captions[b]
 
 
 def test_ranks_by_hand():
@@ -287,8 +298,10 @@ def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch, capsys):
     assert len(lines) == 3
     for r in lines:
         assert " ".join(w for w, *_ in r["words"]) == r["caption"] == best[r["item"]]["caption"]
-        assert "".join(f"\n        {w:12s} {v:+.4f} +- {e:.4f}" for w, v, e in r["words"]) in printed
-    assert (out / "index.html").read_text().count("<span style=") == sum(len(r["words"]) for r in lines)
+        said = [f"\n        {w:12s} {v:+.4f} +- {e:.4f}" for w, v, e in r["words"]]
+        assert "".join(said) in printed
+    spans = (out / "index.html").read_text().count("<span style=")
+    assert spans == sum(len(r["words"]) for r in lines)
     monkeypatch.setattr(Generator, "load", lambda *a: pytest.fail("the words are known"))
     assert run("--limit", 3, "--words", out=out) == 0
 
@@ -307,19 +320,21 @@ def test_preference_pairs_of_captions_load_as_trl_wants_them(tmp_path):
         r["input"] = str(tmp_path / "x.png")
     said = best_of_n.write_pairs("trl", groups, "clip", .05, tmp_path)
     text = (tmp_path / "pairs.jsonl").read_text()
-    assert said.startswith("2 preference pairs") and "1 ties" in said                              # c - a is a tie
+    assert said.startswith("2 preference pairs") and "1 ties" in said          # c - a is a tie
     assert said.endswith("1 candidates equal to another one, 1 without a score")
     best_of_n.write_pairs("trl", {"x": groups["x"][::-1]}, "clip", .05, tmp_path)
-    assert (tmp_path / "pairs.jsonl").read_text() == text                                          # order is nothing
+    assert (tmp_path / "pairs.jsonl").read_text() == text               # order is nothing
     found = datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train",
                                   cache_dir=str(tmp_path / "cache")).cast_column(
         "images", datasets.List(datasets.Image()))
     for row in found:
         assert row["images"][0].size == (8, 8)
-        assert row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"][0]["type"] == "image"
+        assert row["prompt"][0]["role"] == "user"
+        assert row["prompt"][0]["content"][0]["type"] == "image"
         assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
-    pairs = {(r["chosen"][0]["content"][0]["text"], r["rejected"][0]["content"][0]["text"]) for r in found}
-    assert pairs == {("b", "a"), ("b", "c")}
+    chosen = [r["chosen"][0]["content"][0]["text"] for r in found]
+    rejected = [r["rejected"][0]["content"][0]["text"] for r in found]
+    assert set(zip(chosen, rejected)) == {("b", "a"), ("b", "c")}
 
 
 def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path):
@@ -331,8 +346,8 @@ def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path)
     groups = candidates([("0.png", .1), ("1.png", .3), ("2.png", .3)], "picture", "text-image-text")
     said = best_of_n.write_pairs("diffusion", groups, "clip", 0, tmp_path)
     assert said.startswith("2 preference pairs") and "1 ties" in said
-    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"), split="train",
-                                  cache_dir=str(tmp_path / "cache"))
+    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"),
+                                  split="train", cache_dir=str(tmp_path / "cache"))
     assert {"caption", "jpg_0", "jpg_1", "label_0", "label_1"} <= set(found.column_names)
     sizes = {tuple(Image.open(io.BytesIO(r[f"jpg_{i}"])).width for i in (0, 1)) for r in found}
     assert sizes == {(5, 4), (6, 4)} and all(r["label_0"] == 1 and r["label_1"] == 0 for r in found)
@@ -343,15 +358,19 @@ def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path)
 def test_long_prompts_are_counted(tmp_path, capsys):
     long = "a red ring to the left of a blue box and " * 9 + "a green heart"
     assert run(long, "--likeness", "cider", "sbert", out=tmp_path) == 0
-    assert all(r["cut"] for r in rows(tmp_path)) and "3 of 3 captions are longer" in capsys.readouterr().out
+    assert all(r["cut"] for r in rows(tmp_path))
+    assert "3 of 3 captions are longer" in capsys.readouterr().out
 
 
 def test_nothing_need_be_drawn(tmp_path):
-    argv = ["--limit", "2", "--n", "3", "--steps", "0", "--device", "cpu", "--draws", "1", "--out", str(tmp_path)]
-    assert rerank.main(rerank.flags([*argv, "--likeness", "pixel"])) == 0
+    argv = ["--limit", "2", "--n", "3", "--steps", "0", "--device", "cpu", "--draws", "1"]
+    more = ["--likeness", "pixel", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags([*argv, *more])) == 0
     found = rows(tmp_path)
-    assert len(found) == 6 and not (tmp_path / "pictures").exists() and (tmp_path / "sheet.png").exists()
-    assert all(r["picture"] is None and r["error"] is None is r["gap"] for r in found)         # one draw tells no error
+    assert len(found) == 6 and not (tmp_path / "pictures").exists()
+    assert (tmp_path / "sheet.png").exists()
+    for r in found:                              # one draw tells no error
+        assert r["picture"] is None and r["error"] is None is r["gap"]
     for more in (["--scorer", "few"], ["a red ring"]):
         with pytest.raises(ValueError, match="--steps 0: only --scorer denoise"):
             rerank.main(rerank.flags([*more, "--steps", "0", "--out", str(tmp_path / "x")]))
