@@ -15,7 +15,8 @@ ROOMS = {"cycle": (), "losses": (), "bridge": (), "data": (), "metrics": (), "pa
          "captioners": ("cycle", "loading"), "generators": ("cycle", "loading"), "judges": ("loading",),
          "tables": ("data", "judges", "metrics"),
          "batches": ("cycle", "data", "losses", "miniature"),
-         "checkpoints": ("captioners", "generators", "loading", "data")}
+         "checkpoints": ("captioners", "generators", "loading", "data"),
+         "best_of_n": ("cycle", "data", "losses")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
             "bridge": "bridge.py", "data": "data.py"}
 LINES, FUNCTION, MAIN, DENSITY = 430, 60, 90, 7.0
