@@ -104,7 +104,7 @@ def test_a_planted_wrong_word_contributes_least(generator):
     found = []
     for i in range(16):
         scene = world.sample("test", 300 + i)
-        image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1) / 255
+        image = world.picture(scene)
         colours = {w for w, (kind, _) in world.WORDS.items() if kind == "colour"}
         said = world.full_caption(scene).split()
         at = next(j for j, w in enumerate(said) if w in colours)
@@ -131,7 +131,7 @@ def test_true_captions_denoise_better(generator):
     right = []
     for i in range(30):
         scene = world.sample("test", 100 + i)
-        image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1)[None] / 255
+        image = world.picture(scene)[None]
         true = world.full_caption(scene)
         words = {w for w, (kind, _) in world.WORDS.items() if kind == "colour"}
         word = next(w for w in true.split() if w in words)
