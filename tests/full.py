@@ -4,7 +4,7 @@
     python tests/full.py vitb vitl blip2 sd14        # on a GPU, in bfloat16; 8 GB more
 
 Files, configurations (hub.json) and names of tensors are the hub's; vocabularies have the hub's
-sizes, with made-up words. blip2 alone is as `bench.py real` builds it. Nothing is downloaded.
+sizes, with made-up words. blip2 alone is as `lab.bench real` builds it. Nothing is downloaded.
 Each model is loaded in a fresh process, which prints a line of JSON; $OUT/full.jsonl has them, too.
 MiB are beyond the imports; weights are mapped from their file, whose pages are `file`, not `anon`.
 """
@@ -85,7 +85,7 @@ def built(name, work):
     import torch
     from safetensors.torch import save_file
 
-    import bench
+    from lab import bench
     if name == "blip2":
         return bench.built(name, work)
     folder = work / name

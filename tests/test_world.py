@@ -34,7 +34,7 @@ def test_every_caption_is_true_of_its_scene_and_some_are_false_of_another():
             right, stated = world.verify(caption, scene)
             assert right == stated > 0, caption
             wrong += world.verify(caption, other)[0] < stated
-    assert wrong > 1400                                         # of 1500: a reader that says yes to all would give 0
+    assert wrong > 1400                         # of 1500: one that says yes to all would give 0
 
 
 SCENE = {"objects": [{"shape": "circle", "colour": "red", "size": "small", "x": 8, "y": 16},
