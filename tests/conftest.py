@@ -35,8 +35,7 @@ def images(scenes):
     import torch
 
     from miniature import world
-    pictures = [torch.from_numpy(world.draw(s).copy()) for s in scenes]
-    return torch.stack(pictures).permute(0, 3, 1, 2) / 255
+    return torch.stack([world.picture(s) for s in scenes])
 
 
 @pytest.fixture(scope="session")
