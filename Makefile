@@ -17,7 +17,7 @@ test-real: .venv/ready .real/ready
 
 check: .venv/ready
 	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
-	@.venv/bin/python -m miniature.train --check --threads 2 --scenes 300
+	@.venv/bin/python -m miniature.check --threads 2
 
 results: SIZE = $(if $(QUICK),quick,$(if $(FULL),full,short))
 results: .venv/ready

@@ -1,223 +1,302 @@
 """Speed and memory, ours beside the obvious way, as ratios of one run on this machine.
 
-    python -m lab.bench                     # all but real, about three minutes on two cores
-    python -m lab.bench bridge scores       # some: bridge, scores, step, captions
-    python -m lab.bench real  # on a GPU: what fits at full size, how fast; four minutes (H100)
+    python -m lab.bench                  # all but real, about three minutes on two cores
+    python -m lab.bench bridge scores    # some: bridge, scores, step, captions
+    python -m lab.bench real             # on a GPU, at the real models' size: what fits, how fast;
+                                         # four minutes (H100)
 
-What is compared is the same work with the same result; the tests hold the results against each other, not this file.
+What is compared is the same work with the same result; the tests hold the results against each
+other, not this file.
 """
 import argparse
 import contextlib
 import functools
+import gc
+import itertools
 import json
 import os
 import platform
 import sys
+import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bridge
+import cycle
+import finetune
+import losses
+import metrics
+from captioners import Captioner
+from generators import Generator, few_steps
+from miniature import world
+
 HERE = Path(__file__).resolve().parent.parent
-SHOWN = {}
+BENCHES = ("bridge", "scores", "step", "captions", "real")
+MODELS = ("sd14", "vitb", "vitl", "blip2")
+# rows of `real`: a captioner and flags of finetune.py; the others are measured by the first
+REAL = (
+    "vitb", "vitb --losses tg", "vitb --losses ig", "vitb --losses tg ir",
+    "vitb --losses tg ir --own all", "vitb --micro 4", "vitb --micro 2", "vitb --micro 1",
+    "vitb --checkpointing", "vitb --chunk 2", "vitb --chunk 8", "vitl", "vitl --micro 4",
+    "blip2", "blip2 --micro 8", "blip2 --micro 1",
+)
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", help=f"{' '.join(BENCHES)}; default all but real")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)}; default all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
     p.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON, too")
-    p.add_argument("--work", type=Path, default=HERE / "out/real", help="folder of the random models of `real`: 11 GB")
-    p.add_argument("--captions", type=Path, help="Karpathy rows [{image, caption: [5]}] for scores; default invented")
+    p.add_argument("--work", type=Path, default=HERE / "out/real",
+                   help="folder of the random models of `real`: 11 GB")
     args = p.parse_args(argv)
-    args.what = args.what or [name for name in BENCHES if name != "real"]
-    unknown = set(args.what) - set(BENCHES)
+    unknown = sorted(set(args.what) - set(BENCHES))
     if unknown:
-        p.error(f"{', '.join(sorted(unknown))}: choose among {', '.join(BENCHES)}")
+        p.error(f"{', '.join(unknown)}: choose among {', '.join(BENCHES)}")
+    args.what = args.what or BENCHES[:-1]
     return args
 
 
-def clock(f, times):
+# ---------------------------------------------------------------- the instruments
+def clock(work, times):
     """Seconds of the fastest of some runs."""
     best = float("inf")
     for _ in range(times):
         start = time.perf_counter()
-        f()
+        work()
         best = min(best, time.perf_counter() - start)
     return best
 
 
+def peak(work):
+    """What work() allocates at most beyond what it found, in bytes, on the CPU."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
+        work()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in events), initial=0))
+
+
 def show(name, rows):
-    """rows: {way: {unit: value}}; the first way is what the others are measured by. Kept for --json."""
-    SHOWN.setdefault(name, {}).update(rows)
+    """rows: {way: {unit: value}}; the first way is what the others are measured by."""
     first = next(iter(rows.values()))
     for way, values in rows.items():
-        cells = [f"{v:9.3f} {unit} ({v / first[unit]:5.2f} x)" for unit, v in values.items()]
-        print(f"{name:10}{way:44}{'  '.join(cells)}", flush=True)
+        line = f"{name:10}{way:44}"
+        for unit, value in values.items():
+            line += f"{value:9.3f} {unit} ({value / first[unit]:5.2f} x)  "
+        print(line, flush=True)
 
 
-def bench_bridge(args):
-    """Soft embeddings and caption loss at BLIP's vocabulary, B = 8, L = 40, forward and backward (bridge.measure)."""
-    import bridge
-    rows = {}
+# ---------------------------------------------------------------- on a processor
+def bench_bridge(times, shape=(8, 40), words=30524, width=768):
+    """Soft embeddings and caption loss at BLIP's vocabulary, forward and backward."""
+    torch.manual_seed(0)
+    weight = torch.randn(words, width) / width ** .5                        # (V, H)
+    bias = torch.randn(words)
+    table = torch.randn(words, width)                                       # (V, D)
+    states = torch.randn(*shape, width)                                     # (B, L, H)
+    towards = torch.randn(*shape, width)
+    targets = torch.randint(words, shape)                                   # (B, L)
+
+    def run(product, **options):
+        hidden = states.clone().requires_grad_()
+        soft, ce, p = product(hidden, weight, bias, table, targets, **options)
+        loss = (soft * towards).sum() + ce.mean() + p.sum()
+        loss.backward()
+
+    ways = {"softmax, then the table": partial(run, bridge.soft_embed_plain)}
     for chunk in (4096, 8192):
-        for line in bridge.measure(chunk, times=args.times)[:2]:
-            way, mib, _, seconds, _ = line.replace("fused ", "fused-").split()
-            rows["softmax, then the table" if way == "plain" else way] = {"s": float(seconds), "MiB": float(mib)}
-    show("bridge", rows)
+        ways[f"fused-{chunk}"] = partial(run, bridge.soft_embed, chunk=chunk)
+    rows = {}
+    for name, work in ways.items():
+        rows[name] = {"s": clock(work, times), "MiB": peak(work) / 2 ** 20}
+    return rows
 
 
-def bench_scores(args):
-    """CIDEr and BLEU of 5,000 captions with 5 references each, tokenizing included; pycocoevalcap where it is."""
-    import metrics
-    if args.captions:
-        rows = [x["caption"] for x in json.loads(args.captions.read_text())]
-    else:
-        from miniature import world
-        rows = [world.captions(world.sample("all", i), 6) for i in range(5000)]
-    said, heard = [r[0] for r in rows], [r[1:6] for r in rows]
+def bench_scores(times):
+    """CIDEr and BLEU of 5,000 captions with 5 references each, tokenizing included; pycocoevalcap
+    beside it where it is."""
+    rows = [world.captions(world.sample("all", i), 6) for i in range(5000)]
+    captions = [row[0] for row in rows]
+    references = [row[1:6] for row in rows]
 
     def ours():
-        metrics.grams.cache_clear()                                     # nothing kept from the run before
-        return metrics.cider(said, heard).mean(), metrics.bleu(metrics.bleu_counts(said, heard).sum(0))[3]
+        metrics.tokenize.cache_clear()                         # nothing kept from the run before
+        counts = metrics.bleu_counts(captions, references)
+        return metrics.cider(captions, references).mean(), metrics.bleu(counts.sum(0))[3]
 
     def theirs():
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-        gts = {i: [{"caption": c} for c in r] for i, r in enumerate(heard)}
-        res = {i: [{"caption": c}] for i, c in enumerate(said)}
-        gts, res = (PTBTokenizer().tokenize(x) for x in (gts, res))
-        return Cider().compute_score(gts, res)[0], Bleu(4).compute_score(gts, res, verbose=0)[0][3]
-    rows = {}
+        split = PTBTokenizer().tokenize
+        gts = split({i: [{"caption": c} for c in row] for i, row in enumerate(references)})
+        res = split({i: [{"caption": c}] for i, c in enumerate(captions)})
+        Cider().compute_score(gts, res)
+        Bleu(4).compute_score(gts, res, verbose=0)
+
+    times_of = {}
     try:
-        rows["pycocoevalcap 1.2 (Java, Python)"] = {"s": clock(theirs, 1)}
+        times_of["pycocoevalcap 1.2 (Java, Python)"] = {"s": clock(theirs, 1)}
     except (ImportError, OSError) as e:
-        print(f"scores    no pycocoevalcap to compare with ({e}): pip install pycocoevalcap, and Java", file=sys.stderr)
-    rows["metrics.py"] = {"s": clock(ours, args.times)}
-    show("scores", rows)
+        print(f"scores    no pycocoevalcap to compare with ({e}): pip install pycocoevalcap, and "
+              "Java", file=sys.stderr)
+    times_of["metrics.py"] = {"s": clock(ours, times)}
     print("          CIDEr {:.4f}, BLEU-4 {:.4f}".format(*ours()))
+    return times_of
 
 
-def bench_step(args):
-    """A step of all four losses on the miniature, batch 8: the split backward beside one graph, and the parts."""
-    import dataclasses
-
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import bridge
-    import cycle
-    import losses
-    from miniature import world
-    captioner, generator = cycle.Captioner.load(device="cpu"), cycle.Generator.load(device="cpu")
-    for model, end in ((captioner.model, "crossattention.self.query.weight"), (generator.unet, "attn2.to_q.weight")):
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.endswith(end))
-    queries = [p for p in generator.unet.parameters() if p.requires_grad]
-    way = bridge.Bridge(captioner.tokenizer, generator.tokenizer, generator.text_encoder.get_input_embeddings().weight,
-                        len(captioner.head.weight), begin=captioner.prompt[0], end=captioner.end)
+def bench_step(times):
+    """A step of all four losses on the miniature, batch 8: the split backward beside one graph,
+    and the parts."""
+    captioner = Captioner.load(device="cpu")
+    generator = Generator.load(device="cpu")
+    query_only(captioner.model, "crossattention.self.query.weight")
+    queries = query_only(generator.unet, "attn2.to_q.weight")
+    between = bridge.Bridge(
+        captioner.tokenizer, generator.tokenizer,
+        generator.text_encoder.get_input_embeddings().weight, len(captioner.head.weight),
+        begin=captioner.prompt[0], end=captioner.end)
 
     def cross(reading, layout):
-        embeddings, ce, _ = way(reading.hidden, reading.weight, reading.bias, layout)
-        return bridge.soft_states(generator.text_encoder, embeddings, layout.target), ce
-    scenes = [world.sample("train", i) for i in range(8)]
-    images = torch.stack([torch.from_numpy(world.draw(s).copy()).permute(2, 0, 1) / 255 for s in scenes])
-    said = [world.captions(s)[0] for s in scenes]
-    mean, _ = generator.encode(images)
-    batch = losses.Batch(said, images, way.layout(said, len(captioner.prompt) - 1), mean, torch.randn_like(mean),
-                         torch.arange(50, 850, 100))
-    every = dict.fromkeys(losses.NAMES, 1 / 8)
+        soft, ce, _ = between(reading.hidden, reading.weight, reading.bias, layout)
+        return bridge.soft_states(generator.text_encoder, soft, layout.target), ce
 
-    def step(weights, **options):
-        losses.joint(captioner, generator, cross, batch, weights, **options)[0].backward()
+    def layout(captions):
+        texts = [captioner.space + caption for caption in captions]
+        return between.layout(texts, captioner.lead, captioner.room)
 
-    def own():
-        """tg of the batch, and ir of as many pictures that the captioner describes itself (finetune.py --own)."""
-        step({"tg": eighth})
-        generator.unet.requires_grad_(False)
-        words = [row[0] for row in captioner.speak(images, 1)[0]]
-        theirs = dataclasses.replace(batch, captions=words, layout=way.layout(words, len(captioner.prompt) - 1))
-        losses.joint(captioner, generator, cross, theirs, {"ir": eighth})[0].backward()
+    def step(*names, batch=None, **options):
+        weights = dict.fromkeys(names, 1 / 8)
+        total, _ = losses.joint(captioner, generator, cross, batch or human, weights, **options)
+        total.backward()
+
+    def own_words():
+        """tg of the batch, and ir of as many pictures that the captioner describes itself."""
+        step("tg")
+        for p in queries:
+            p.requires_grad_(False)
+        said = [row[0] for row in captioner.speak(images, 1)[0]]
+        step("ir", batch=replace(human, captions=said, layout=layout(said)))
         for p in queries:
             p.requires_grad_()
-    rows, eighth = {}, 1 / 8
-    for name, f in {"tg": lambda: step({"tg": eighth}), "ig": lambda: step({"ig": eighth}),
-                    "tg and ig, apart": lambda: [step({"tg": eighth}), step({"ig": eighth})],
-                    "tg and ir": lambda: step({"tg": eighth, "ir": eighth}),
-                    "ig and tr": lambda: step({"ig": eighth, "tr": eighth}, chunk=8),
-                    "tg, and ir of own words": own,
-                    "four losses apart": lambda: [step({k: eighth}, chunk=8) for k in every],
-                    "all four": lambda: step(every, chunk=8),
-                    "all four, one graph": lambda: step(every, split=False, chunk=8),
-                    "all four, tr image by image": lambda: step(every)}.items():
-        with FlopCounterMode(display=False) as counter:
-            f()
-        rows[name] = {"s": clock(f, args.times), "MiB": bridge.peak(f) / 2 ** 20,
-                      "GFLOP": counter.get_total_flops() / 1e9}
-    show("step", rows)
+
+    def apart(*names, **options):
+        for name in names:
+            step(name, **options)
+
+    scenes = [world.sample("train", i) for i in range(8)]
+    images = torch.stack([world.picture(s) for s in scenes])
+    captions = [world.captions(s)[0] for s in scenes]
+    latents, _ = generator.encode(images)
+    human = losses.Batch(captions, images, layout(captions), latents, torch.randn_like(latents),
+                         torch.arange(50, 850, 100))
+    every = losses.NAMES
+    return {
+        "tg": cost(times, step, "tg"),
+        "ig": cost(times, step, "ig"),
+        "tg and ig, apart": cost(times, apart, "tg", "ig"),
+        "tg and ir": cost(times, step, "tg", "ir"),
+        "ig and tr": cost(times, step, "ig", "tr", chunk=8),
+        "tg, and ir of own words": cost(times, own_words),
+        "four losses apart": cost(times, apart, *every, chunk=8),
+        "all four": cost(times, step, *every, chunk=8),
+        "all four, one graph": cost(times, step, *every, split=False, chunk=8),
+        "all four, tr image by image": cost(times, step, *every),
+    }
 
 
-def bench_captions(args):
-    """Ten captions of each of 16 pictures: vision and the prompt once a picture, or generate on repeated pictures."""
-    import torch
+def query_only(model, ending):
+    """Freezes all but the weights with that ending, which are returned."""
+    model.requires_grad_(False)
+    queries = [p for name, p in model.named_parameters() if name.endswith(ending)]
+    for p in queries:
+        p.requires_grad_()
+    return queries
 
-    import cycle
-    from miniature import world
-    captioner = cycle.Captioner.load(device="cpu")
-    images = torch.stack([torch.from_numpy(world.draw(world.sample("test", i)).copy()).permute(2, 0, 1) / 255
-                          for i in range(16)])
-    ids = torch.tensor([captioner.prompt])
+
+def cost(times, step, *names, **options):
+    """Seconds, memory and counted operations of step(*names, **options)."""
+    work = partial(step, *names, **options)
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return {"s": clock(work, times), "MiB": peak(work) / 2 ** 20,
+            "GFLOP": counter.get_total_flops() / 1e9}
+
+
+def bench_captions(times):
+    """Ten captions of each of 16 pictures: vision and the prompt once a picture, or generate on
+    repeated pictures."""
+    captioner = Captioner.load(device="cpu")
+    images = torch.stack([world.picture(world.sample("test", i)) for i in range(16)])
+    ids = torch.tensor([captioner.prompt]).repeat(10, 1)
 
     @torch.no_grad()
     def naive():
-        for x in images:
-            captioner.model.generate(captioner.pixels(x[None]).repeat(10, 1, 1, 1), ids.repeat(10, 1), do_sample=True,
-                                     top_p=.9, repetition_penalty=1.1, max_length=20, min_length=5)
-    naive()
-    show("captions", {"generate, ten times each": {"s": clock(naive, args.times)},
-                      "speak": {"s": clock(lambda: captioner.speak(images, 10), args.times)}})
+        for image in images:
+            pixels = captioner.pixels(image[None]).repeat(10, 1, 1, 1)
+            captioner.model.generate(pixels, ids, do_sample=True, top_p=.9, repetition_penalty=1.1,
+                                     max_length=20, min_length=5)
+
+    naive()                                                    # the first run is not timed
+    return {"generate, ten times each": {"s": clock(naive, times)},
+            "speak": {"s": clock(partial(captioner.speak, images, 10), times)}}
 
 
+# ---------------------------------------------------------------- at full size, on a GPU
 def whole(name, tokenizer):
-    """vitb, vitl, blip2 or sd14 (a pipeline) at full size, with random weights, from its configuration."""
+    """vitb, vitl, blip2 or sd14 (a pipeline) at full size, with random weights."""
     import diffusers
     import transformers as hf
+    base = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12)
     if name == "sd14":
+        vae = diffusers.AutoencoderKL(
+            sample_size=512, layers_per_block=2, block_out_channels=[128, 256, 512, 512],
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        text_encoder = hf.CLIPTextModel(hf.CLIPTextConfig(vocab_size=49408, **base))
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        scheduler = diffusers.PNDMScheduler(
+            beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", skip_prk_steps=True,
+            steps_offset=1)
         return diffusers.StableDiffusionPipeline(
-            vae=diffusers.AutoencoderKL(
-                sample_size=512, layers_per_block=2, block_out_channels=[128, 256, 512, 512],
-                down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4),
-            text_encoder=hf.CLIPTextModel(hf.CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12)),
-            unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-            scheduler=diffusers.PNDMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
-                                              skip_prk_steps=True, steps_offset=1),
-            tokenizer=tokenizer, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            vae, text_encoder, tokenizer, unet, scheduler, None, None,
+            requires_safety_checker=False)
     if name == "blip2":
-        text = hf.OPTConfig(vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240,
-                            num_hidden_layers=32, num_attention_heads=32, eos_token_id=tokenizer.eos_token_id)
-        return hf.Blip2ForConditionalGeneration(hf.Blip2Config(text_config=text.to_dict(), image_token_index=50265))
-    vision = {"image_size": 384} if name == "vitb" else {
-        "image_size": 384, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16}
-    text = hf.AutoConfig.from_pretrained(HERE / "miniature/blip").text_config.to_dict() | {
-        "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 512,
-        "encoder_hidden_size": vision.get("hidden_size", 768)}
+        text = hf.OPTConfig(
+            vocab_size=50304, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240,
+            num_hidden_layers=32, num_attention_heads=32, eos_token_id=tokenizer.eos_token_id)
+        config = hf.Blip2Config(text_config=text.to_dict(), image_token_index=50265)
+        return hf.Blip2ForConditionalGeneration(config)
+    vision = dict(image_size=384)
+    if name == "vitl":
+        vision |= dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                       num_attention_heads=16)
+    text = hf.AutoConfig.from_pretrained(HERE / "miniature/blip").text_config.to_dict() | base
+    text |= dict(vocab_size=30524, max_position_embeddings=512,
+                 encoder_hidden_size=vision.get("hidden_size", 768))
     return hf.BlipForConditionalGeneration(hf.BlipConfig(text_config=text, vision_config=vision))
 
 
 def built(name, folder):
-    """The folder of a `whole` model in bfloat16, as the hub lays it out. The tokenizer is the miniature's: the
-    vocabulary's tables have their full size, and so has the work."""
-    import torch
+    """The folder of a `whole` model in bfloat16, as the hub lays it out. The tokenizer is the
+    miniature's: the vocabulary's tables have their full size, and so has the work."""
     from transformers import AutoTokenizer
-    folder, small = folder / name, HERE / "miniature"
+    folder = folder / name
+    small = HERE / "miniature"
     if (folder / "ready").exists():
         return folder
-    tokenizer = AutoTokenizer.from_pretrained(small / ("blip" if name.startswith("vit") else "sd/tokenizer"))
-    tokenizer.model_max_length = 77                                     # Stable Diffusion's; the captioners do not ask
+    vocabulary = "blip" if name.startswith("vit") else "sd/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(small / vocabulary)
+    tokenizer.model_max_length = 77                # Stable Diffusion's; the captioners do not ask
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = whole(name, tokenizer)
@@ -232,104 +311,133 @@ def built(name, folder):
     return folder
 
 
-# of finetune.py at full size; the first is what the others are measured by
-REAL = ("vitb", "vitb --losses tg", "vitb --losses ig", "vitb --losses tg ir", "vitb --losses tg ir --own all",
-        "vitb --micro 4", "vitb --micro 2", "vitb --micro 1", "vitb --checkpointing", "vitb --chunk 2",
-        "vitb --chunk 8", "vitl", "vitl --micro 4", "blip2", "blip2 --micro 8", "blip2 --micro 1")
-
-
 @contextlib.contextmanager
 def fitting(what):
     """A line in place of what does not fit the GPU."""
-    import torch
     try:
         yield
     except torch.OutOfMemoryError:
         print(f"bench.py: {what} does not fit this GPU", file=sys.stderr)
 
 
-def bench_real(args):
-    """A step of finetune.py with BLIP ViT-B, ViT-L, BLIP-2 and Stable Diffusion v1-4 at 512 px, batch 8, bfloat16; and
-    what a picture's ten captions and their scores cost."""
-    import gc
-    import runpy
-    import tempfile
-
-    import torch
+def models_at(work):
+    """{name: folder} of the models that fit this GPU."""
     if not torch.cuda.is_available():
         raise ValueError("real: torch sees no CUDA device here, and a processor would take hours")
-    place, rows = {}, {}
-    for name in ("sd14", "vitb", "vitl", "blip2"):
+    places = {}
+    for name in MODELS:
         with fitting(name):
-            place[name] = str(built(name, args.work))
-    for row in (x for x in REAL if x.split()[0] in place):
-        name, *options = row.split()
+            places[name] = built(name, work)
+    return places
+
+
+def bench_real(places):
+    """A step of finetune.py with BLIP ViT-B, ViT-L, BLIP-2 and Stable Diffusion v1-4 at 512 px,
+    batch 8, bfloat16."""
+    rows = {}
+    for row in REAL:
+        name = row.split()[0]
+        if name not in places:
+            continue
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with fitting(row), tempfile.TemporaryDirectory() as out:
-            sys.argv = ["finetune.py", "--captioner", place[name], "--generator", place["sd14"], "--data", "miniature",
-                        "--steps", "8", "--probe", "0", "--held", "0", *["--side", "384"] * (name == "blip2"), *options,
-                        "--out", out]
-            try:
-                runpy.run_path(str(HERE / "finetune.py"), run_name="__main__")
-            except SystemExit as e:
-                if e.code:
-                    raise ValueError(f"{' '.join(sys.argv)} ended with exit code {e.code}") from e
-            log = [json.loads(x) for x in (Path(out) / "log.jsonl").read_text().splitlines()]
-            rows[row] = {"s": min(8 / x["images_per_s"] for x in log[2:]),
-                         "GiB": torch.cuda.max_memory_allocated() / 2 ** 30,
-                         "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}
-    show("real", rows)
-    show("frozen", frozen(args, place))
-
-
-def frozen(args, place):
-    """Seconds of one picture's ten captions: saying, scoring and drawing them."""
-    import torch
-
-    import cycle
-    from miniature import world
-    scene, rows = world.sample("test", 0), {}
-    image = torch.from_numpy(world.draw(scene).copy()).permute(2, 0, 1)[None] / 255
-    ten = list(dict.fromkeys(world.captions(scene, 40)))[:10]
-    generator, few = cycle.Generator.load(place["sd14"]), cycle.few_steps(cycle.Generator.load(place["sd14"]))
-    ways = {"score by denoising, 12 noises": lambda: cycle.score(generator, image, ten),
-            "draw in 8 steps": lambda: few.draw(ten, [0] * 10, steps=8),
-            "draw in 50 steps": lambda: generator.draw(ten, [0] * 10)}
-    load = functools.cache(cycle.Captioner.load)                              # the first call loads, and is not timed
-    for name in [k for k in place if k != "sd14"]:
-        ways[f"say, {name}"] = lambda name=name: load(place[name]).speak(image, 10)
-    for name, f in ways.items():
-        with fitting(name):
-            f()
-            rows[f"ten captions: {name}"] = {"s": clock(f, args.times)}
+            rows[row] = real_step(row.split()[1:], places[name], places["sd14"], name, out)
     return rows
 
 
-BENCHES = {"bridge": bench_bridge, "scores": bench_scores, "step": bench_step, "captions": bench_captions,
-           "real": bench_real}
+def real_step(options, captioner, generator, name, out):
+    """Eight steps of finetune.py in this process: seconds of the fastest, GiB."""
+    argv = ["--captioner", str(captioner), "--generator", str(generator), "--data", "miniature",
+            "--steps", "8", "--probe", "0", "--held", "0", "--out", out, *options]
+    if name == "blip2":
+        argv += ["--side", "384"]
+    code = finetune.main(finetune.flags(argv))
+    if code:
+        raise ValueError(f"finetune.py {' '.join(argv)} ended with exit code {code}")
+    log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {"s": min(8 / row["images_per_s"] for row in log[2:]),
+            "GiB": torch.cuda.max_memory_allocated() / 2 ** 30,
+            "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}
+
+
+def bench_frozen(times, places):
+    """Seconds of one picture's ten captions: saying, scoring and drawing them."""
+    scene = world.sample("test", 0)
+    image = world.picture(scene)[None]
+    ten = list(dict.fromkeys(world.captions(scene, 40)))[:10]
+    generator = Generator.load(places["sd14"])
+    few = few_steps(Generator.load(places["sd14"]))
+    timesteps, noise = cycle.noises(generator)
+
+    score = partial(losses.score, generator, image, ten, timesteps, noise)
+    ways = {
+        "score by denoising, 12 noises": score,
+        "draw in 8 steps": partial(few.draw, ten, [0] * 10, steps=8),
+        "draw in 50 steps": partial(generator.draw, ten, [0] * 10),
+    }
+    for name in MODELS[1:]:
+        if name in places:
+            ways[f"say, {name}"] = partial(say, places[name], image)
+    rows = {}
+    for name, work in ways.items():
+        with fitting(name):
+            work()                                             # the first run is not timed
+            rows[f"ten captions: {name}"] = {"s": clock(work, times)}
+    return rows
+
+
+def say(place, image):
+    load_once(place).speak(image, 10)
+
+
+load_once = functools.cache(Captioner.load)
 
 
 def main(args):
-    import torch
     torch.set_num_threads(args.threads)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, "
-          f"torch {torch.__version__}; ratios are to the first line of each")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+          f"{args.threads} threads, torch {torch.__version__}; ratios are to the first of each")
+    found = {}
     for name in args.what:
-        BENCHES[name](args)
+        if name == "bridge":
+            found[name] = bench_bridge(args.times)
+        elif name == "scores":
+            found[name] = bench_scores(args.times)
+        elif name == "step":
+            found[name] = bench_step(args.times)
+        elif name == "captions":
+            found[name] = bench_captions(args.times)
+        else:
+            places = models_at(args.work)
+            found[name] = bench_real(places)
+            show(name, found[name])
+            name = "frozen"
+            found[name] = bench_frozen(args.times, places)
+        show(name, found[name])
     if args.json:
-        gpu = args.what == ["real"]
-        about = {"machine": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} cores, {platform.machine()}",
-                 "torch": torch.__version__, "dtype": "bfloat16" if gpu else "float32"}
-        five = {k: {row: {u: float(f"{v:.5g}") for u, v in x.items()} for row, x in rows.items()}
-                for k, rows in SHOWN.items()}
-        args.json.write_text(json.dumps({"about": about} | five, indent=1) + "\n")
+        write(args.json, found, "real" in found)
     return 0
 
 
+def write(path, found, gpu):
+    """{"about": the machine, bench: rows} as JSON, numbers to five digits."""
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    if gpu:
+        machine = torch.cuda.get_device_name()
+    dtype = "bfloat16" if gpu else "float32"
+    found = {"about": {"machine": machine, "torch": torch.__version__, "dtype": dtype}} | found
+    found = json.loads(json.dumps(found), parse_float=five_digits)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def five_digits(text):
+    return float(f"{float(text):.5g}")
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                  # the profiler of bridge.peak talks to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")            # the profiler talks to stderr
     try:
         sys.exit(main(flags()))
     except (ValueError, OSError) as e:

@@ -1,23 +1,36 @@
-"""The tables against the metrics by hand and the golden scores; kept work; findings of a planted ranking."""
+"""The tables against the metrics by hand and the golden scores; kept work; findings of a planted
+ranking."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from PIL import Image
 
 import data
 import evaluate
+import judges
 import metrics
 import rerank
+import tables
+from captioners import Captioner
+from generators import Generator
+from miniature import world
 
 HERE = Path(__file__).parent
 
 
 def run(out, *argv):
-    assert evaluate.main(evaluate.flags([*map(str, argv), "--out", str(out), "--device", "cpu"])) == 0
+    argv = [*map(str, argv), "--out", str(out), "--device", "cpu"]
+    assert evaluate.main(evaluate.flags(argv)) == 0
     return json.loads((out / "results.json").read_text())
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +43,25 @@ def whole(tmp_path_factory):
 def test_rows_of_both_tables(whole):
     out, results = whole
     assert list(results["captions"]) == list(results["images"]) == ["in", "near", "out", "all"]
-    for rows, names in ((results["captions"], evaluate.CAPTIONS), (results["images"], evaluate.PICTURES)):
-        assert [r["n"] for r in rows.values()] == [4, 4, 4, 12]
-        for r in rows.values():
+    for kind, names in (("captions", tables.CAPTIONS), ("images", tables.PICTURES)):
+        assert [r["n"] for r in results[kind].values()] == [4, 4, 4, 12]
+        for r in results[kind].values():
             assert set(r) == {"n", *names}
             for name in set(names) - {"SPICE", "WMD", "FID", "IS"}:
                 assert r[name]["low"] <= r[name]["high"] and np.isfinite(r[name]["value"])
     missing = " ".join(results["notes"])
-    assert all(results["captions"]["all"][k] is None for k in ("WMD",)) and "--glove" in missing
+    assert results["captions"]["all"]["WMD"] is None and "--glove" in missing
     assert results["images"]["all"]["FID"] is None and "pip install torch-fidelity" in missing
     text = (out / "table.txt").read_text()
     assert "CIDEr" in text and "near" in text and "FD-DINO" in text
 
 
 def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
-    import cycle
     (tmp_path / "page.pth").write_text("<html>404</html>")
     loaded = []
-    monkeypatch.setattr(cycle.Generator, "load", lambda *a: loaded.append(a))
+    monkeypatch.setattr(Generator, "load", lambda *a: loaded.append(a))
     argv = ["--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth"]
-    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain tensor"):
+    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain"):
         run(tmp_path / "out", *argv)
     assert not loaded and not (tmp_path / "out").exists()
 
@@ -57,58 +69,94 @@ def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monk
 def test_a_domain_is_the_mean_of_its_items(whole):
     """One document frequency over all; BLEU anew for each subset."""
     out, results = whole
-    said = {r["item"]: r["caption"] for r in map(json.loads, (out / "captions-0.jsonl").read_text().splitlines())}
+    said = {r["item"]: r["caption"] for r in data.read_rows(out / "captions-0.jsonl")}
     items = {x.name: x for x in data.read("miniature", "nocaps")}
     names = list(said)
     each = metrics.cider(list(said.values()), [items[k].captions for k in names])
     for row, domain in (("in", "in-domain"), ("out", "out-domain")):
+        found = results["captions"][row]
         some = [i for i, k in enumerate(names) if items[k].domain == domain]
-        assert results["captions"][row]["CIDEr"]["value"] == pytest.approx(100 * each[some].mean())
-        counts = metrics.bleu_counts([said[names[i]] for i in some], [items[names[i]].captions for i in some])
-        assert results["captions"][row]["B@4"]["value"] == pytest.approx(100 * metrics.bleu(counts.sum(0))[3])
-    drawn = {r["item"]: data.open_image(out / r["picture"])
-             for r in map(json.loads, (out / "images-0.jsonl").read_text().splitlines())}
-    judge = metrics.likenesses(["dino"], "image", "miniature").pairs["dino"]
-    alike = [judge(drawn[k][None], data.open_image(items[k].path)[None])[0] for k in names]
-    assert drawn[names[0]].shape == (3, 32, 32)
+        assert found["CIDEr"]["value"] == pytest.approx(100 * each[some].mean())
+        captions = [said[names[i]] for i in some]
+        counts = metrics.bleu_counts(captions, [items[names[i]].captions for i in some])
+        bleu = metrics.bleu(counts.sum(0))
+        assert found["B@4"]["value"] == pytest.approx(100 * bleu[3])
+    judge = judges.load(["dino"], "image", "miniature")[0]["dino"]
+    alike = []
+    for row in data.read_rows(out / "images-0.jsonl"):
+        drawn = data.open_image(out / row["picture"])
+        real = data.open_image(items[row["item"]].path)
+        assert drawn.shape == (3, 32, 32)
+        alike.append(judge.alike(drawn[None], real[None])[0])
     assert results["images"]["all"]["DINO"]["value"] == pytest.approx(np.mean(alike))
 
 
-def test_work_is_kept_and_goes_on(whole, tmp_path, monkeypatch):
-    import shutil
+def test_sets_of_pictures_are_scored_as_sets(tmp_path, monkeypatch, images):
+    """By an Inception of our own: FID of all pairs, none of a domain of one picture."""
+    features = np.random.default_rng(0).normal(size=(8, 2048 + 1008))
 
-    import cycle
+    def see(image):
+        row = features[[int(image.mean() * 1e4) % 8]]
+        return row[:, :2048], row[:, 2048:]
+    monkeypatch.setattr(judges, "inception_features", lambda device, weights: see)
+    items, files = [], []
+    for i in range(4):
+        for side in ("real", "drawn"):
+            picture = images[i] if side == "real" else images[i].flip(-1) * .9
+            data.save_image(picture, tmp_path / side / f"{i}.png")
+        domain = "out-domain" if i == 3 else "in-domain"
+        items.append(data.Item(str(i), tmp_path / f"real/{i}.png", ["a ring"], domain))
+        files.append(tmp_path / f"drawn/{i}.png")
+    rows = tables.of_pictures(items, files, "none", "cpu", [])
+    drawn = [see(data.open_image(file)) for file in files]
+    real = [see(data.open_image(item.path)) for item in items]
+    fid = metrics.frechet(np.concatenate([f for f, _ in drawn]),
+                          np.concatenate([f for f, _ in real]))
+    score, _ = metrics.inception_score(np.concatenate([logits for _, logits in drawn]))
+    assert rows["all"]["FID"] == pytest.approx(fid) and rows["all"]["IS"] == pytest.approx(score)
+    assert rows["in"]["FID"] > 0 and rows["out"]["FID"] is rows["out"]["IS"] is None
+    assert rows["all"]["CLIP"] is rows["all"]["FD-DINO"] is None
+
+
+def test_work_is_kept_and_goes_on(whole, tmp_path, monkeypatch):
     out, results = whole
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     lines = (copy / "captions-0.jsonl").read_text().splitlines()
-    (copy / "captions-0.jsonl").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:9])       # as a kill leaves it
-    asked, speak = [], cycle.Captioner.speak
-    monkeypatch.setattr(cycle.Captioner, "speak", lambda self, images, *a: asked.append(len(images)) or
-                        speak(self, images, *a))
-    monkeypatch.setattr(cycle.Generator, "draw", lambda *a: pytest.fail("pictures that are there are drawn again"))
+    cut = "\n".join(lines[:-2]) + "\n" + lines[-2][:9]                    # as a kill leaves it
+    (copy / "captions-0.jsonl").write_text(cut)
+    asked, speak = [], Captioner.speak
+
+    def count(self, images, *args):
+        asked.append(len(images))
+        return speak(self, images, *args)
+    monkeypatch.setattr(Captioner, "speak", count)
+    monkeypatch.setattr(Generator, "draw", lambda *a: pytest.fail("drawn again, what is there"))
     again = run(copy, "--limit", 4, "--steps", 2, "--ci")
-    assert asked == [2] and again["captions"] == results["captions"] and again["images"] == results["images"]
+    assert asked == [2]
+    assert again["captions"] == results["captions"] and again["images"] == results["images"]
     with pytest.raises(ValueError, match="steps was 2, is 3.*another --out"):
         run(copy, "--limit", 4, "--steps", 3)
 
 
-def test_every_process_takes_its_share(tmp_path, monkeypatch, whole):
+def test_every_process_takes_its_share(tmp_path, monkeypatch, whole, captioner):
     """Two ranks one after the other (without a group): together the items of one, none twice."""
-    import cycle
-    args = evaluate.flags(["--limit", "4", "--only", "captions", "--out", str(tmp_path), "--device", "cpu"])
-    items = evaluate.items_of(args, data)
+    items = evaluate.items_of("miniature", limit=4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        before = list(tmp_path.glob("*.jsonl"))
-        for path in before:                                     # the other's work, not yet there when this one looks
+        for path in tmp_path.glob("*.jsonl"):        # not yet there when this one looks
             path.rename(path.with_suffix(".hidden"))
-        evaluate.work(args, items, data, cycle, None)
+        todo = evaluate.share(items, tmp_path, "captions")
+        path = tmp_path / f"captions-{rank}.jsonl"
+        evaluate.say(todo, path, captioner, "beam", 0, 40)
     for path in tmp_path.glob("*.hidden"):
         path.rename(path.with_suffix(".jsonl"))
-    rows = [json.loads(x)["item"] for p in tmp_path.glob("captions-*.jsonl") for x in p.read_text().splitlines()]
-    assert sorted(rows) == sorted(x.name for x in items) and len(list(tmp_path.glob("captions-*.jsonl"))) == 2
+    files = sorted(tmp_path.glob("captions-*.jsonl"))
+    assert [len(data.read_rows(path)) for path in files] == [6, 6]
+    one = data.read_rows(whole[0] / "captions-0.jsonl")
+    assert evaluate.kept(tmp_path, "captions") == {row["item"]: row for row in one}
+    assert not evaluate.share(items, tmp_path, "captions")
 
 
 # ---------------------------------------------------------------- given captions
@@ -116,132 +164,183 @@ def test_every_process_takes_its_share(tmp_path, monkeypatch, whole):
 def test_score_needs_no_model(tmp_path, form, monkeypatch):
     monkeypatch.setenv("SPICE_JAVA", "/nowhere/java")
     golden = json.loads((HERE / "synthetic12.json").read_text())
-    said = {f"COCO_val2014_{x['image_id']:012}.jpg": x["candidate"] for x in golden["items"]}
-    heard = {str(x["image_id"]): x["references"] for x in golden["items"]}
+    corpus = golden["corpus"]
+    said, heard = {}, {}
+    for x in golden["items"]:
+        said[f"COCO_val2014_{x['image_id']:012}.jpg"] = x["candidate"]
+        heard[str(x["image_id"])] = x["references"]
     if form == "coco":
         said = [{"image_id": x["image_id"], "caption": x["candidate"]} for x in golden["items"]]
-        heard = {"annotations": [{"image_id": int(k), "id": 0, "caption": c} for k, v in heard.items() for c in v]}
-    for name, content in (("said", said), ("heard", heard)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    row = run(tmp_path / "out", "--score", tmp_path / "said.json", "--refs", tmp_path / "heard.json")["captions"]["all"]
-    assert row["CIDEr"] == pytest.approx(100 * golden["corpus"]["CIDEr"], abs=1e-7) and row["n"] == 12
-    assert [row[f"B@{n}"] for n in range(1, 5)] == pytest.approx(
-        [100 * golden["corpus"][f"Bleu_{n}"] for n in range(1, 5)], abs=1e-7)
+        rows = []
+        for image, captions in heard.items():
+            rows += [{"image_id": int(image), "id": 0, "caption": c} for c in captions]
+        heard = {"annotations": rows}
+    argv = ["--score", write(tmp_path / "said.json", said),
+            "--refs", write(tmp_path / "heard.json", heard)]
+    row = run(tmp_path / "out", *argv)["captions"]["all"]
+    assert row["CIDEr"] == pytest.approx(100 * corpus["CIDEr"], abs=1e-7) and row["n"] == 12
+    for n in range(1, 5):
+        assert row[f"B@{n}"] == pytest.approx(100 * corpus[f"Bleu_{n}"], abs=1e-7)
     assert row["SPICE"] is row["CLIP"] is None
     (tmp_path / "said.json").write_text('["a dog"]')
     with pytest.raises(ValueError, match="said.json: expected"):
-        run(tmp_path / "out", "--score", tmp_path / "said.json", "--refs", tmp_path / "heard.json")
+        run(tmp_path / "out", *argv)
 
 
 def test_score_on_real_captions(shared, tmp_path):
     golden = json.loads((shared / "data/golden/coco500_input.json").read_text())
-    (tmp_path / "said.json").write_text(json.dumps({x["image_id"]: x["candidate"] for x in golden}))
-    (tmp_path / "heard.json").write_text(json.dumps({x["image_id"]: x["references"] for x in golden}))
-    row = run(tmp_path / "out", "--score", tmp_path / "said.json", "--refs", tmp_path / "heard.json")["captions"]["all"]
-    assert row["CIDEr"] == pytest.approx(91.6986, abs=.05) and row["B@4"] == pytest.approx(19.8943, abs=.05)
-    files = shared / "data/captions"
-    (tmp_path / "said.json").write_text(json.dumps([{"image_id": 391895, "caption": "a man on a red motorcycle"}]))
+    said = write(tmp_path / "said.json", {x["image_id"]: x["candidate"] for x in golden})
+    heard = write(tmp_path / "heard.json", {x["image_id"]: x["references"] for x in golden})
+    row = run(tmp_path / "out", "--score", said, "--refs", heard)["captions"]["all"]
+    assert row["CIDEr"] == pytest.approx(91.6986, abs=.05)
+    assert row["B@4"] == pytest.approx(19.8943, abs=.05)
+    write(said, [{"image_id": 391895, "caption": "a man on a red motorcycle"}])
     for name in ("coco_karpathy_test.json", "coco_karpathy_test_gt_500.json"):
-        result = run(tmp_path / "out", "--score", tmp_path / "said.json", "--refs", files / name)
-        assert result["captions"]["all"]["n"] == 1 and result["captions"]["all"]["B@1"] > 50
+        heard = shared / "data/captions" / name
+        row = run(tmp_path / "out", "--score", said, "--refs", heard)["captions"]["all"]
+        assert row["n"] == 1 and row["B@1"] > 50
 
 
 def test_an_image_by_its_number():
-    same = [391895, "391895", "000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg", "coco_391895"]
-    assert {evaluate.key(x) for x in same} == {"391895"}
+    same = [391895, "391895", "000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg",
+            "coco_391895"]
+    assert {tables.key(x) for x in same} == {"391895"}
     others = ["cat1.jpg", "dog1.jpg", "0013ea2087020f01.jpg", "0013ea2087020f02.jpg", "a/b 7.png"]
-    assert [evaluate.key(x) for x in others] == others
-    assert evaluate.keys([7, 7, "8"], "x") == ["7", "7", "8"]
+    assert [tables.key(x) for x in others] == others
+    assert tables.keys([7, 7, "8"], "x") == ["7", "7", "8"]
     with pytest.raises(ValueError, match="a/001.jpg and b/001.jpg"):
-        evaluate.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
+        tables.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
+
+
+@pytest.mark.parametrize("content", [
+    {"annotations": [{"image_id": 7, "id": 0, "caption": "a dog"},
+                     {"image_id": 7, "id": 1, "caption": "a cat"}],
+     "images": [{"id": 7, "domain": "in-domain"}]},
+    {"images": [{"imgid": 1, "cocoid": 7, "sentences": [{"raw": "a dog"}, {"raw": "a cat"}]}]},
+    [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": ["a dog", "a cat"]}],
+    [{"image": "7.jpg", "image_id": "x", "caption": c} for c in ("a dog", "a cat")],
+    [{"image_id": 7, "caption": c} for c in ("a dog", "a cat")],
+    {"7.jpg": ["a dog", "a cat"], "8.jpg": []}])
+def test_files_of_captions(tmp_path, content):
+    captions, domains = tables.captions_in(write(tmp_path / "a.json", content))
+    assert captions == {"7": ["a dog", "a cat"]} and domains in ({}, {"7": "in-domain"})
+
+
+@pytest.mark.parametrize("content", [
+    3, None, "a dog", ["a dog"], {"7": 3}, {"7": [3]}, [{"image_id": 7}], [{"caption": "a dog"}],
+    {"annotations": [{"image_id": 7}]}, {"annotations": 3}, {"images": [{"id": 7}]}])
+def test_files_of_something_else_are_refused(tmp_path, content):
+    with pytest.raises(ValueError, match="a.json: expected"):
+        tables.captions_in(write(tmp_path / "a.json", content))
 
 
 def test_names_that_look_alike_are_drawn_apart(tmp_path):
     """By a generator that takes its settings by name, as README's example does."""
     names = ["图一.png", "图二.png", "a b.png", "a_b.png"]
+    rows = []
     for i, name in enumerate(names):
         data.save_image(torch.full((3, 32, 32), i / 4), tmp_path / "set" / name)
-    (tmp_path / "set/metadata.jsonl").write_text("".join(
-        json.dumps({"file_name": n, "text": f"number {i}"}) + "\n" for i, n in enumerate(names)))
+        rows.append({"file_name": name, "text": f"number {i}"})
+    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "grey.py").write_text(
-        "import torch\nclass Grey:\n    def draw(self, captions, items=None, seed=0, **settings):\n"
+        "import torch\nclass Grey:\n"
+        "    def draw(self, captions, items=None, seed=0, **settings):\n"
         "        return torch.stack([torch.full((3, 32, 32), int(c[-1]) / 4) for c in captions])\n"
         "def load(device, dtype):\n    return Grey()\n")
-    found = run(tmp_path / "out", "--data", tmp_path / "set", "--generator", f"{tmp_path / 'grey.py'}:load", "--only",
-                "images")
-    assert found["images"]["all"]["n"] == 4 and found["images"]["all"]["CLIP"] == pytest.approx(1)
+    argv = ["--data", tmp_path / "set", "--generator", f"{tmp_path / 'grey.py'}:load"]
+    found = run(tmp_path / "out", *argv, "--only", "images")["images"]["all"]
+    assert found["n"] == 4 and found["CLIP"] == pytest.approx(1)
 
 
 def test_label_free_prefers_the_true_caption(tmp_path, scenes, images):
-    from miniature import world
-    said = {}
+    true, false = {}, {}
     for i in range(3):
         data.save_image(images[i], tmp_path / f"set/{i}.png")
-        said[f"{i}.png"] = world.full_caption(scenes[i])
-    scores = []
-    for name, captions in (("true", said), ("false", {k: said[f"{(i + 1) % 3}.png"] for i, k in enumerate(said)})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(captions))
-        r = run(tmp_path / name, "--label-free", "--images", tmp_path / "set", "--captions", tmp_path / f"{name}.json",
-                "--draws", 6)["label_free"]
-        assert r["n"] == 3 and all(x["error"] >= 0 for x in r["items"]) and r["low"] <= r["mean"] <= r["high"]
+        true[f"{i}.png"] = world.full_caption(scenes[i])
+        false[f"{(i + 1) % 3}.png"] = true[f"{i}.png"]
+    means = []
+    for name, captions in (("true", true), ("false", false)):
+        path = write(tmp_path / f"{name}.json", captions)
+        argv = ["--label-free", "--images", tmp_path / "set", "--captions", path, "--draws", 6]
+        r = run(tmp_path / name, *argv)["label_free"]
+        assert r["n"] == 3 and r["low"] <= r["mean"] <= r["high"]
+        assert all(x["error"] >= 0 for x in r["items"])
         assert r["mean"] == pytest.approx(np.mean([x["score"] for x in r["items"]]))
-        scores.append(r["mean"])
-    assert scores[0] > scores[1] + .1
+        means.append(r["mean"])
+    assert means[0] > means[1] + .1
 
 
 # ---------------------------------------------------------------- findings
 def test_findings_of_a_planted_ranking(tmp_path):
     """Candidates are references and nonsense; `good` ranks the reference first, `bad` last."""
     items = data.read("miniature", "nocaps")[:6] + data.read("miniature", "out")[:6]
-    with open(tmp_path / "candidates.jsonl", "w") as f:
-        for i, item in enumerate(items):
-            for j, caption in enumerate(("nothing at all", item.captions[0], "a ring")):
-                f.write(json.dumps({"item": item.name, "direction": "image-text-image", "candidate": j, "picture": "",
-                                    "caption": caption, "scores": {"good": [0, 2, 1][j], "bad": [2, 0, 1][j],
-                                                                   "some": None if i % 2 else j}}) + "\n")
+    rows = []
+    for i, item in enumerate(items):
+        for j, caption in enumerate(("nothing at all", item.captions[0], "a ring")):
+            scores = {"good": [0, 2, 1][j], "bad": [2, 0, 1][j], "some": None if i % 2 else j}
+            rows.append({"item": item.name, "direction": "image-text-image", "candidate": j,
+                         "picture": "", "caption": caption, "scores": scores})
+    data.write_rows(tmp_path / "candidates.jsonl", rows)
     results = run(tmp_path / "out", "--findings", tmp_path)
     found = results["findings"]
     good, bad = found["CIDEr by good"], found["CIDEr by bad"]
-    assert list(good) == ["in", "out", "all"] and [r["items"] for r in good.values()] == [6, 6, 12]
-    assert good["all"]["chosen"] == good["all"]["by_rank"][0] > 100 > bad["all"]["chosen"]
-    assert good["all"]["chosen"] == pytest.approx(good["all"]["oracle"])
-    assert good["all"]["by_rank"] == bad["all"]["by_rank"][::-1] and good["all"]["mean"] == bad["all"]["mean"]
-    assert good["all"]["percent"] == pytest.approx(100 * good["all"]["gain"] / good["all"]["mean"])
-    assert "SBERT by some" not in found and any("no choice by some" in x for x in results["notes"])
-    from PIL import Image
+    assert list(good) == ["in", "out", "all"]
+    assert [r["items"] for r in good.values()] == [6, 6, 12]
+    good, bad = good["all"], bad["all"]
+    assert good["chosen"] == pytest.approx(good["by_rank"][0], rel=1e-12)
+    assert good["chosen"] > 100 > bad["chosen"]
+    assert good["chosen"] == pytest.approx(good["oracle"])
+    assert good["by_rank"] == bad["by_rank"][::-1] and good["mean"] == bad["mean"]
+    assert good["percent"] == pytest.approx(100 * good["gain"] / good["mean"])
+    assert "SBERT by some" not in found
+    assert any("no choice by some" in x for x in results["notes"])
     assert Image.open(tmp_path / "out/figure.png").width > 600
 
 
 def test_findings_of_a_rerank_of_texts(tmp_path):
-    assert rerank.main(rerank.flags(["--turn", "text", "--limit", "2", "--n", "2", "--steps", "2", "--device", "cpu",
-                                     "--split", "near", "--out", str(tmp_path)])) == 0
+    argv = ["--turn", "text", "--limit", "2", "--n", "2", "--steps", "2", "--device", "cpu",
+            "--split", "near", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags(argv)) == 0
     found = run(tmp_path / "out", "--findings", tmp_path, "--split", "near")["findings"]
-    assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"} and list(found["DINO by clip"]) == ["near", "all"]
-    rows = [json.loads(x) for x in (tmp_path / "candidates.jsonl").read_text().splitlines()]
+    assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"}
+    assert list(found["DINO by clip"]) == ["near", "all"]
     first = data.read("miniature", "near")[0]
-    assert {r["input"] for r in rows if r["item"] == first.name} == {first.captions[0]}      # the text, not the picture
+    rows = data.read_rows(tmp_path / "candidates.jsonl")
+    inputs = {r["input"] for r in rows if r["item"] == first.name}
+    assert inputs == {first.captions[0]}                              # the text, not the picture
     with pytest.raises(ValueError, match="run rerank.py"):
         run(tmp_path / "out", "--findings", tmp_path / "none")
     with pytest.raises(ValueError, match="fewer than two items"):
         run(tmp_path / "out", "--findings", tmp_path, "--split", "val")
 
 
+# ---------------------------------------------------------------- what is missing or broken
 def test_what_is_missing_is_told(capsys):
-    for argv in (["--score", "x.json"], ["--label-free"], ["--captioner", "vitb"], ["--captioner", "vitb", "--findings",
-                                                                                     "x"]):
+    for argv in (["--score", "x.json"], ["--label-free"], ["--captioner", "vitb"],
+                 ["--captioner", "vitb", "--findings", "x"]):
         with pytest.raises(SystemExit):
             evaluate.flags(argv)
-    assert ROOT and "needs --data" in capsys.readouterr().err
+    assert "needs --data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no data set at nowhere"):
-        evaluate.items_of(evaluate.flags(["--data", "nowhere"]), data)
+        evaluate.items_of("nowhere")
 
 
 def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
+    rows = []
     for i in range(4):
         data.save_image(images[i], tmp_path / f"set/{i}.png")
+        rows += [{"file_name": f"{i}.png", "text": f"a {c} ring"} for c in ("red", "blue")]
+    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "set/2.png").write_text("no picture")
-    (tmp_path / "set/metadata.jsonl").write_text("".join(
-        json.dumps({"file_name": f"{i}.png", "text": f"a {c} ring"}) + "\n" for i in range(4) for c in ("red", "blue")))
     results = run(tmp_path / "out", "--data", tmp_path / "set", "--steps", 2)
     assert results["captions"]["all"]["n"] == results["images"]["all"]["n"] == 3
-    assert "2.png is not a picture" in " ".join(results["notes"]) and "2.png" in capsys.readouterr().err
+    assert "2.png is not a picture" in " ".join(results["notes"])
+    assert "2.png" in capsys.readouterr().err
+
+
+def test_only_numbers_that_are_none_become_null(tmp_path, capsys):
+    results = {"captions": {"all": dict.fromkeys(tables.CAPTIONS) | {"n": 1, "WMD": float("nan")}},
+               "notes": ["NaN", 'a "NaN"\nNaN']}
+    evaluate.write(results, tmp_path)
+    back = json.loads((tmp_path / "results.json").read_text())
+    assert back["captions"]["all"]["WMD"] is None and back["notes"] == results["notes"]
