@@ -331,11 +331,12 @@ def words(lab):
 
 # ---------------------------------------------------------------- what other scripts measure
 def check(lab):
-    """Is the miniature good enough to mean something?"""
-    path = lab.work / "check"
-    keep.command("-m", "miniature.check", "--scenes", lab.count(300), "--work", path,
-                 threads=lab.processes)
-    lab.keep("check", {"figures": data.load_json(path / "check.json")})
+    """Is the miniature good enough to mean something? A bar that is missed is a result too."""
+    path = lab.work / "check/check.json"
+    path.unlink(missing_ok=True)
+    keep.command("-m", "miniature.check", "--scenes", lab.count(300), "--work", path.parent,
+                 "--threads", lab.processes, threads=lab.processes, accepted=(0, 1))
+    lab.keep("check", {"figures": data.load_json(path)})
 
 
 def scores(lab):
