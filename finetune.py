@@ -296,7 +296,7 @@ def main(args):
     if args.export:
         return checkpoints.export(args.out, args.captioner, args.generator, args.export)
     rank, processes = data.rank_and_world()
-    loading.tune_process(args.captioner)
+    loading.tune_process(args.captioner, args.generator)
     device, dtype = loading.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                # float16 would want its losses scaled

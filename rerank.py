@@ -296,7 +296,7 @@ def main(args):
     process, processes = data.rank_and_world()
     if processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
-    loading.tune_process(args.captioner)
+    loading.tune_process(args.captioner, args.generator)
 
     # 1) what goes in, what the run is made of, and what of it is done
     if args.inputs:
