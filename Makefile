@@ -9,7 +9,7 @@ demo: .venv/ready
 test: .venv/ready
 	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five to seven on two AVX2 ones)"
 	@.venv/bin/ruff check .
-	@.venv/bin/python -m pytest -q tests
+	@.venv/bin/python -m pytest -q -rs tests
 
 test-real: .venv/ready .real/ready
 	@echo "parley: published numbers with real weights and vectors (20 seconds on two AVX-512 cores, the first time 30; what is not at hand skips)"
@@ -19,12 +19,12 @@ check: .venv/ready
 	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
 	@.venv/bin/python -m miniature.check --threads 2
 
-results: SHARE = 1
+results: SHARE = 0.1
 results: .venv/ready
-	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of the items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
+	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of its items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
 	@.venv/bin/python -m lab.findings --share $(SHARE)
 	@.venv/bin/python -m lab.joint --share $(SHARE)
-	@.venv/bin/python -m lab.report
+	@.venv/bin/python -m lab.report $(if $(filter 1,$(SHARE)),,--folder lab/results/share-$(SHARE))
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"
