@@ -19,11 +19,12 @@ check: .venv/ready
 	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
 	@.venv/bin/python -m miniature.check --threads 2
 
-results: SIZE = $(if $(QUICK),quick,$(if $(FULL),full,short))
+results: SHARE = 1
 results: .venv/ready
-	@echo "parley: what RESULTS.md says of the miniature, size $(SIZE) (on two AVX2 cores: short 2 h 20; QUICK=1 13 minutes; FULL=1, as committed, an estimated eight hours)"
-	@.venv/bin/python results.py --size $(SIZE)
-	@.venv/bin/python report.py $(if $(filter full,$(SIZE)),,--folder results/$(SIZE))
+	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of the items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
+	@.venv/bin/python -m lab.findings --share $(SHARE)
+	@.venv/bin/python -m lab.joint --share $(SHARE)
+	@.venv/bin/python -m lab.report
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"

@@ -102,6 +102,7 @@ class Captioner:
         processor = copy.deepcopy(self.processor)
         if self.side:
             processor.size = {"height": self.side, "width": self.side}
+            processor.do_center_crop = False
         processor.save_pretrained(folder)
         self.stock_processor(processor).save_pretrained(folder)
         self.model.save_pretrained(folder)
@@ -326,7 +327,11 @@ def resized(size, height, width):
     if size.get("max_height") and size.get("max_width"):
         return image_utils.get_image_size_for_max_height_width(
             (height, width), size["max_height"], size["max_width"])
-    return size["height"], size["width"]
+    if size.get("height") and size.get("width"):
+        return size["height"], size["width"]
+    told = {name: pixels for name, pixels in size.items() if pixels}
+    raise ValueError(f"a captioner's size {told} is not known: height and width, shortest_edge, "
+                     "or max_height and max_width")
 
 
 def center_crop(image, height, width):

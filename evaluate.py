@@ -297,7 +297,7 @@ def write(results, out):
 
 
 def main(args):
-    loading.tune_process(args.captioner)
+    loading.tune_process(args.captioner, args.generator)
     device, _ = loading.device_and_dtype(args.device)
     rank, world = data.rank_and_world()
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)

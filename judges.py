@@ -58,6 +58,8 @@ def encoder(name, kind, place, device):
     """The Encoder of a name, for images or text (CLIP for both). Raises ValueError of one line."""
     folder = HERE / "miniature" if place == "miniature" else Path(place)
     where = HUB[name] if place in ("hub", "cache") else str(folder / name)
+    if where != HUB[name] and not Path(where).is_dir():
+        raise Unavailable(f"there is no folder {where}")       # nor is it taken for a hub id
     found, options = loading.resolve(where, {}, "judge", cached=place == "cache")
     with loading.readable_errors(where, "judge"):
         return Encoder(name, found, "both" if name == "clip" else kind, device, options)

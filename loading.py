@@ -42,7 +42,7 @@ def resolve(name, table, kind, cached=False):
     place = Path(table.get(name, name))
     try:
         if not place.exists():
-            place = fetch(hub_id(name, place, table), f"{kind} {str(name)!r}", cached)
+            place = fetch(hub_id(place, table), f"{kind} {str(name)!r}", cached)
         old = check_weights(place) if place.is_dir() else []
     except (OSError, ValueError) as e:
         raise ValueError(f"{kind} {str(name)!r}: {e}") from e
@@ -58,12 +58,12 @@ def resolve(name, table, kind, cached=False):
     return str(place), options
 
 
-def hub_id(name, place, table):
+def hub_id(place, table):
     """`owner/name`, where that is what the name says."""
     owner = place.as_posix().partition("/")[0]
     if place.as_posix().count("/") != 1 or place.is_absolute() or owner.startswith("."):
-        raise ValueError(f"it is none of {', '.join(table)}, no directory and no hub id "
-                         "(owner/name)")
+        known = f"none of {', '.join(table)}, " if table else ""
+        raise ValueError(f"it is {known}no directory and no hub id (owner/name)")
     return place.as_posix()
 
 
@@ -260,13 +260,13 @@ def device_and_dtype(device=None, dtype=None):
     return device, dtype
 
 
-def tune_process(name):
-    """What the miniature wants of its process; other models leave it alone.
+def tune_process(*names):
+    """What the miniature wants of its process; where another model is named, nothing is done.
 
     One thread: its tensors are too small to share, and beside other work threads that wait for each
     other take ten times as long (OMP_NUM_THREADS rules). And freed memory kept: see keep_memory.
     """
-    if name == "miniature":
+    if set(names) == {"miniature"}:
         keep_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
@@ -300,7 +300,7 @@ def record_revisions(folder):
                 "choose another --out, or give the older snapshot's folder in the hub's cache")
     path.parent.mkdir(parents=True, exist_ok=True)
     if before | REVISIONS != before:
-        new = path.with_suffix(".new")
+        new = path.with_suffix(f".{os.getpid()}")              # each process of torchrun writes it
         new.write_text(json.dumps(before | REVISIONS, indent=2) + "\n", encoding="utf-8")
         os.replace(new, path)
 

@@ -14,8 +14,8 @@
 
 Work is shared: one captioner pass for tg and ir, one UNet call for both contexts, and only what
 the losses asked for is computed. Copy this file alone: it needs torch, two objects with the few
-methods of cycle.py's Captioner and Generator, and `cross`, which takes a captioner's reading to
-text states (bridge.py).
+methods of captioners.py's Captioner and generators.py's Generator, and `cross`, which takes a
+captioner's reading to text states (bridge.py).
 
 Letters: B captions, L positions of the captioner, T slots of the text encoder, D its width,
 C h w a latent, n candidates.

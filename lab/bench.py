@@ -2,15 +2,13 @@
 
     python -m lab.bench                  # all but real, about three minutes on two cores
     python -m lab.bench bridge scores    # some: bridge, scores, step, captions
-    python -m lab.bench real             # on a GPU, at the real models' size: what fits, how fast;
-                                         # four minutes (H100)
+    python -m lab.bench real             # on a GPU, at full size: four minutes (H100)
 
 What is compared is the same work with the same result; the tests hold the results against each
 other, not this file.
 """
 import argparse
 import contextlib
-import functools
 import gc
 import itertools
 import json
@@ -20,7 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bridge
 import cycle
+import data
 import finetune
 import losses
 import metrics
@@ -37,6 +36,7 @@ from miniature import world
 
 HERE = Path(__file__).resolve().parent.parent
 BENCHES = ("bridge", "scores", "step", "captions", "real")
+load_once = cache(Captioner.load)
 MODELS = ("sd14", "vitb", "vitl", "blip2")
 # rows of `real`: a captioner and flags of finetune.py; the others are measured by the first
 REAL = (
@@ -50,18 +50,13 @@ REAL = (
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", help=f"{', '.join(BENCHES)}; default all but real")
+    p.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default="all",
+                   help="all, the default: all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
     p.add_argument("--json", type=Path, metavar="FILE", help="the rows as JSON, too")
-    p.add_argument("--work", type=Path, default=HERE / "out/real",
-                   help="folder of the random models of `real`: 11 GB")
-    args = p.parse_args(argv)
-    unknown = sorted(set(args.what) - set(BENCHES))
-    if unknown:
-        p.error(f"{', '.join(unknown)}: choose among {', '.join(BENCHES)}")
-    args.what = args.what or BENCHES[:-1]
-    return args
+    p.add_argument("--work", type=Path, default=HERE / "out/real", help="of `real`: 11 GB")
+    return p.parse_args(argv)
 
 
 # ---------------------------------------------------------------- the instruments
@@ -122,8 +117,7 @@ def bench_bridge(times, shape=(8, 40), words=30524, width=768):
 
 
 def bench_scores(times):
-    """CIDEr and BLEU of 5,000 captions with 5 references each, tokenizing included; pycocoevalcap
-    beside it where it is."""
+    """CIDEr and BLEU of 5,000 captions with 5 references each, tokenizing included."""
     rows = [world.captions(world.sample("all", i), 6) for i in range(5000)]
     captions = [row[0] for row in rows]
     references = [row[1:6] for row in rows]
@@ -137,30 +131,31 @@ def bench_scores(times):
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-        split = PTBTokenizer().tokenize
-        gts = split({i: [{"caption": c} for c in row] for i, row in enumerate(references)})
-        res = split({i: [{"caption": c}] for i, c in enumerate(captions)})
+        gts = {i: [] for i in range(len(rows))}
+        res = {i: [{"caption": row[0]}] for i, row in enumerate(rows)}
+        for i, row in enumerate(references):
+            gts[i] += [{"caption": caption} for caption in row]
+        gts = PTBTokenizer().tokenize(gts)
+        res = PTBTokenizer().tokenize(res)
         Cider().compute_score(gts, res)
         Bleu(4).compute_score(gts, res, verbose=0)
 
-    times_of = {}
+    seconds = {}
     try:
-        times_of["pycocoevalcap 1.2 (Java, Python)"] = {"s": clock(theirs, 1)}
+        seconds["pycocoevalcap 1.2 (Java, Python)"] = {"s": clock(theirs, 1)}
     except (ImportError, OSError) as e:
-        print(f"scores    no pycocoevalcap to compare with ({e}): pip install pycocoevalcap, and "
-              "Java", file=sys.stderr)
-    times_of["metrics.py"] = {"s": clock(ours, times)}
+        print(f"scores    no pycocoevalcap, Java to compare with: {e}", file=sys.stderr)
+    seconds["metrics.py"] = {"s": clock(ours, times)}
     print("          CIDEr {:.4f}, BLEU-4 {:.4f}".format(*ours()))
-    return times_of
+    return seconds
 
 
 def bench_step(times):
-    """A step of all four losses on the miniature, batch 8: the split backward beside one graph,
-    and the parts."""
+    """A step on the miniature, batch 8: the split backward beside one graph, and the parts."""
     captioner = Captioner.load(device="cpu")
     generator = Generator.load(device="cpu")
     query_only(captioner.model, "crossattention.self.query.weight")
-    queries = query_only(generator.unet, "attn2.to_q.weight")
+    query_only(generator.unet, "attn2.to_q.weight")
     between = bridge.Bridge(
         captioner.tokenizer, generator.tokenizer,
         generator.text_encoder.get_input_embeddings().weight, len(captioner.head.weight),
@@ -182,16 +177,14 @@ def bench_step(times):
     def own_words():
         """tg of the batch, and ir of as many pictures that the captioner describes itself."""
         step("tg")
-        for p in queries:
-            p.requires_grad_(False)
+        generator.unet.requires_grad_(False)
         said = [row[0] for row in captioner.speak(images, 1)[0]]
         step("ir", batch=replace(human, captions=said, layout=layout(said)))
-        for p in queries:
-            p.requires_grad_()
+        query_only(generator.unet, "attn2.to_q.weight")
 
-    def apart(*names, **options):
+    def apart(*names):
         for name in names:
-            step(name, **options)
+            step(name, chunk=8)
 
     scenes = [world.sample("train", i) for i in range(8)]
     images = torch.stack([world.picture(s) for s in scenes])
@@ -207,7 +200,7 @@ def bench_step(times):
         "tg and ir": cost(times, step, "tg", "ir"),
         "ig and tr": cost(times, step, "ig", "tr", chunk=8),
         "tg, and ir of own words": cost(times, own_words),
-        "four losses apart": cost(times, apart, *every, chunk=8),
+        "four losses apart": cost(times, apart, *every),
         "all four": cost(times, step, *every, chunk=8),
         "all four, one graph": cost(times, step, *every, split=False, chunk=8),
         "all four, tr image by image": cost(times, step, *every),
@@ -215,12 +208,9 @@ def bench_step(times):
 
 
 def query_only(model, ending):
-    """Freezes all but the weights with that ending, which are returned."""
-    model.requires_grad_(False)
-    queries = [p for name, p in model.named_parameters() if name.endswith(ending)]
-    for p in queries:
-        p.requires_grad_()
-    return queries
+    """Freezes all but the weights with that ending."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(ending))
 
 
 def cost(times, step, *names, **options):
@@ -233,8 +223,7 @@ def cost(times, step, *names, **options):
 
 
 def bench_captions(times):
-    """Ten captions of each of 16 pictures: vision and the prompt once a picture, or generate on
-    repeated pictures."""
+    """Ten captions of each of 16 pictures: vision once a picture, or on ten copies of it."""
     captioner = Captioner.load(device="cpu")
     images = torch.stack([world.picture(world.sample("test", i)) for i in range(16)])
     ids = torch.tensor([captioner.prompt]).repeat(10, 1)
@@ -332,8 +321,7 @@ def models_at(work):
 
 
 def bench_real(places):
-    """A step of finetune.py with BLIP ViT-B, ViT-L, BLIP-2 and Stable Diffusion v1-4 at 512 px,
-    batch 8, bfloat16."""
+    """A step of finetune.py with each captioner and Stable Diffusion 1.4, batch 8, bfloat16."""
     rows = {}
     for row in REAL:
         name = row.split()[0]
@@ -353,10 +341,9 @@ def real_step(options, captioner, generator, name, out):
             "--steps", "8", "--probe", "0", "--held", "0", "--out", out, *options]
     if name == "blip2":
         argv += ["--side", "384"]
-    code = finetune.main(finetune.flags(argv))
-    if code:
-        raise ValueError(f"finetune.py {' '.join(argv)} ended with exit code {code}")
-    log = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    if finetune.main(finetune.flags(argv)):
+        raise ValueError(f"finetune.py {' '.join(argv)} did not come to its end")
+    log = data.read_rows(Path(out) / "log.jsonl")
     return {"s": min(8 / row["images_per_s"] for row in log[2:]),
             "GiB": torch.cuda.max_memory_allocated() / 2 ** 30,
             "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}
@@ -392,15 +379,12 @@ def say(place, image):
     load_once(place).speak(image, 10)
 
 
-load_once = functools.cache(Captioner.load)
-
-
 def main(args):
     torch.set_num_threads(args.threads)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"{args.threads} threads, torch {torch.__version__}; ratios are to the first of each")
     found = {}
-    for name in args.what:
+    for name in BENCHES[:-1] if "all" in args.what else args.what:
         if name == "bridge":
             found[name] = bench_bridge(args.times)
         elif name == "scores":

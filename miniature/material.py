@@ -61,9 +61,9 @@ def load_here(path):
     return load_file(path, device=str(torch.get_default_device()))
 
 
-def tokens(tokenizer, captions):
+def tokens(tokenizer, captions, prompt=""):
     """Five captions of each picture -> ids and the mask of what is no padding, (N, 5, LENGTH)."""
-    flat = list(itertools.chain.from_iterable(captions))
+    flat = [prompt + caption for caption in itertools.chain.from_iterable(captions)]
     rows = tokenizer(flat, padding="max_length", max_length=LENGTH, truncation=True,
                      return_tensors="pt").to(torch.get_default_device())
     shape = (len(captions), 5, LENGTH)

@@ -55,7 +55,7 @@ def flags(argv=None):
     p.add_argument("--out", type=Path, default=HERE, help="where the directories go")
     p.add_argument("--work", type=Path, default=HERE.parent / "runs/miniature",
                    help="pictures and unfinished training")
-    p.add_argument("--scale", type=float, default=1.0, help="of pictures and steps; tests: 0.002")
+    p.add_argument("--scale", type=float, default=1.0, help="of pictures and steps; tests: 0.001")
     p.add_argument("--threads", type=int, default=1, help="processor threads of this process")
     p.add_argument("--count", type=int, help="pictures a split in `splits`; default as shipped")
     return p.parse_args(argv)
@@ -268,7 +268,7 @@ def make_blip(data, out, work, steps):
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
     tokenizer = BertTokenizer.from_pretrained(out / "blip")
     begin = len(tokenizer)                       # [DEC], as BLIP's own vocabulary is extended
-    ids, mask = tokens(tokenizer, [[PROMPT + c for c in five] for five in data.captions])
+    ids, mask = tokens(tokenizer, data.captions, PROMPT)
     ids[..., 0] = begin
     prompt = len(tokenizer(PROMPT).input_ids) - 1
     size = dict(hidden_size=128, intermediate_size=384, num_attention_heads=4)

@@ -11,6 +11,9 @@ SHARED = ROOT.parent / "shared"                  # the planning folder; absent i
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"              # of what the tests start, too
+import loading  # noqa: E402
+
+loading.tune_process("miniature")
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +35,7 @@ def images(scenes):
     import torch
 
     from miniature import world
-    pictures = [torch.from_numpy(world.draw(s).copy()) for s in scenes]
-    return torch.stack(pictures).permute(0, 3, 1, 2) / 255
+    return torch.stack([world.picture(s) for s in scenes])
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
     python tests/full.py vitb vitl blip2 sd14        # on a GPU, in bfloat16; 8 GB more
 
 Files, configurations (hub.json) and names of tensors are the hub's; vocabularies have the hub's
-sizes, with made-up words. blip2 alone is as `bench.py real` builds it. Nothing is downloaded.
+sizes, with made-up words. blip2 alone is as `lab.bench real` builds it. Nothing is downloaded.
 Each model is loaded in a fresh process, which prints a line of JSON; $OUT/full.jsonl has them, too.
 MiB are beyond the imports; weights are mapped from their file, whose pages are `file`, not `anon`.
 """
@@ -85,7 +85,7 @@ def built(name, work):
     import torch
     from safetensors.torch import save_file
 
-    import bench
+    from lab import bench
     if name == "blip2":
         return bench.built(name, work)
     folder = work / name
@@ -129,9 +129,12 @@ def one(args):
 
     import cycle
     import data
+    import losses
+    from captioners import Captioner
+    from generators import Generator
     from miniature import world
     name, draws = args.names[0], args.names[0] == "sd14"
-    kind = cycle.Generator if draws else cycle.Captioner
+    kind = Generator if draws else Captioner
     kind.load("miniature", "cpu")                                # the imports, which do not count
     image = torch.from_numpy(world.draw(world.sample("test", 0)).copy()).permute(2, 0, 1) / 255
     image = data.open_image(args.photo) if args.photo else image
@@ -147,7 +150,8 @@ def one(args):
            "load s": time.perf_counter() - start, "load MiB": since()}
     start = time.perf_counter()
     if draws:
-        row["score"] = cycle.score(speaker, image[None], [text], draws=2).score.item()
+        loss = losses.score(speaker, image, [text], *cycle.noises(speaker, draws=2))
+        row["score"] = -loss.mean().item()
     else:
         row["caption"] = speaker.speak(image[None], 1)[0][0][0]
     row |= {"use s": time.perf_counter() - start, "use MiB": since()}

@@ -1,4 +1,9 @@
 """The miniature world: scenes, pictures, captions and the facts read back from them."""
+import hashlib
+
+import pytest
+import torch
+
 from miniature import world
 
 
@@ -29,17 +34,24 @@ def test_every_caption_is_true_of_its_scene_and_some_are_false_of_another():
             right, stated = world.verify(caption, scene)
             assert right == stated > 0, caption
             wrong += world.verify(caption, other)[0] < stated
-    assert wrong > 1400                                         # of 1500: a reader that says yes to all would give 0
+    assert wrong > 1400                         # of 1500: one that says yes to all would give 0
 
 
-def test_verify_by_hand():
-    scene = {"objects": [{"shape": "circle", "colour": "red", "size": "small", "x": 8, "y": 16},
-                         {"shape": "cross", "colour": "blue", "size": "large", "x": 24, "y": 16}], "ground": "sand"}
-    for caption, right, stated in (
-            ("a small red ball to the left of a blue plus on a beach", 7, 7), ("a red ball right of a blue plus", 4, 5),
-            ("a blue ball", 1, 2), ("a large cross and a hoop at night", 2, 4), ("nothing of the kind", 0, 0),
-            ("a red ball, a blue cross and a green heart", 4, 6), ("A PLUS beneath a DISC", 2, 3)):
-        assert world.verify(caption, scene) == (right, stated), caption
+SCENE = {"objects": [{"shape": "circle", "colour": "red", "size": "small", "x": 8, "y": 16},
+                     {"shape": "cross", "colour": "blue", "size": "large", "x": 24, "y": 16}],
+         "ground": "sand"}
+
+
+@pytest.mark.parametrize("caption, right, stated", [
+    ("a small red ball to the left of a blue plus on a beach", 7, 7),
+    ("a red ball right of a blue plus", 4, 5),
+    ("a blue ball", 1, 2),
+    ("a large cross and a hoop at night", 2, 4),
+    ("nothing of the kind", 0, 0),
+    ("a red ball, a blue cross and a green heart", 4, 6),
+    ("A PLUS beneath a DISC", 2, 3)])
+def test_verify_by_hand(caption, right, stated):
+    assert world.verify(caption, SCENE) == (right, stated)
 
 
 def test_labels_lie_under_the_objects():
@@ -49,11 +61,30 @@ def test_labels_lie_under_the_objects():
         for o in scene["objects"]:
             y, x = int(o["y"] / 4), int(o["x"] / 4)
             near = grid[:3, max(0, y - 1):y + 2, max(0, x - 1):x + 2].reshape(3, -1).T.tolist()
-            assert [1 + list(world.SHAPES).index(o["shape"]), 1 + list(world.COLOURS).index(o["colour"]),
-                    1 + list(world.SIZES).index(o["size"])] in near
+            label = [1 + list(world.SHAPES).index(o["shape"]),
+                     1 + list(world.COLOURS).index(o["colour"]),
+                     1 + list(world.SIZES).index(o["size"])]
+            assert label in near
+
+
+def test_a_picture_is_its_drawing():
+    scene = world.sample("near", 3)
+    picture = world.picture(scene)
+    assert picture.shape == (3, 32, 32) and picture.dtype == torch.float32
+    assert ((picture * 255).round().byte().permute(1, 2, 0).numpy() == world.draw(scene)).all()
+
+
+def test_what_the_world_draws_and_says_stays():
+    """All that was measured hangs on it. Pictures are left out of the sum: pillow draws them."""
+    digest = hashlib.sha256()
+    for split in world.SPLITS:
+        for i in range(50):
+            scene = world.sample(split, i)
+            digest.update(repr(world.colour_shapes(scene)).encode())
+            digest.update("\n".join(world.captions(scene)).encode())
+    assert digest.hexdigest()[:16] == "95db2b96ce6c1182"
 
 
 def test_an_unknown_split_is_named():
-    import pytest
     with pytest.raises(ValueError, match="'trian'.*train"):
         world.sample("trian", 0)

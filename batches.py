@@ -1,0 +1,137 @@
+"""From the index of a sample to a batch of the losses: pictures, captions, latents, chance.
+
+    samples = Samples("data/coco", "train")
+    image, captions = samples[7]
+    batch = collate(run, [7, 11], step, ("tg", "ir", "ig", "tr"))       # a losses.Batch
+
+What a sample is at a step (its caption, timestep and noise) is a function of (seed, step, index)
+and of the data: neither the number of processes nor the size of a batch changes it.
+
+Letters: B samples; C h w a latent.
+"""
+import hashlib
+import json
+import os
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+from cycle import chance
+from losses import Batch
+from miniature import world
+
+DRAWN = 20_000                                   # pictures that the miniature's train and all have
+
+
+class Samples:
+    """Pictures by index, with captions if they are described."""
+
+    def __init__(self, place, split, described=True):
+        self.split = split
+        self.described = described
+        self.unreadable = set()
+        self.items = None                        # the miniature's are drawn, one by one
+        self.content = f"{split}: {DRAWN} pictures"
+        if place != "miniature" or split not in ("train", "all"):
+            self.items = [x for x in data.read(place, split) if x.captions or not described]
+            names = [[x.name, x.captions] for x in self.items]
+            self.content = f"{split}: {len(names)} pictures, {digest(names)}"
+        self.name = f"{place}/{self.content}"
+        if len(self) == 0:
+            raise ValueError(f"{place} has no captions in its {split} split")
+
+    def __len__(self):
+        return DRAWN if self.items is None else len(self.items)
+
+    def __getitem__(self, index):
+        """(image (3, H, W) in [0, 1], captions); the next one's where a picture cannot be read."""
+        if self.items is None:
+            scene = world.sample(self.split, index)
+            return world.picture(scene), world.captions(scene)
+        for i in range(index, index + len(self)):
+            item = self.items[i % len(self)]
+            try:
+                return data.open_image(item.path), item.captions
+            except ValueError as e:
+                if item.path not in self.unreadable:
+                    print(f"finetune.py: {e}; the next picture stands in for it", file=sys.stderr)
+                self.unreadable.add(item.path)
+        raise ValueError(f"{self.name}: none of them can be read")
+
+
+def held_out(place, training, count):
+    """The first of the val split; None where the set has none apart from what is trained on."""
+    try:
+        held = Samples(place, "val")
+    except ValueError:
+        return None
+    if count < 1 or training.items and held.items[0].path == training.items[0].path:
+        return None
+    held.items = held.items[:count]
+    return held
+
+
+def digest(value):
+    """A short name of anything that JSON can write."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def latents(generator, image, path=None):
+    """Mean and standard deviation of a picture's latents, (2, C, h, w); kept at path if given."""
+    if path and path.exists():
+        return load_file(path)["latents"]
+    with torch.no_grad():
+        found = torch.cat(generator.encode([image])).cpu()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        save_file({"latents": found}, beside)
+        os.replace(beside, path)
+    return found
+
+
+def collate(run, indices, step, wanted):
+    """The Batch of these of run.samples at this step, with what the wanted losses need.
+
+    Where nobody described the pictures, what the captioner says of them now stands for captions.
+    run: of finetune.py; captioner, generator, bridge, samples, cache, thin and seed are read.
+    """
+    described = run.samples.described
+    steps = run.generator.scheduler.config.num_train_timesteps
+    captions, images, x0, noise, timesteps, tr_weight = [], [], [], [], [], []
+    for i in indices:
+        image, texts = run.samples[i]
+        images.append(image)
+        # all chance of a sample is one stream: what is drawn first, second, ... is part of a seed
+        g = chance("finetune" if described else "own", run.seed, step, i)
+        if described:
+            captions.append(texts[torch.randint(len(texts), (), generator=g)])
+        timesteps.append(torch.randint(steps, (), generator=g))
+        thinned = torch.rand((), generator=g) * run.thin >= 1
+        tr_weight.append(0 if thinned else run.thin)
+        if set(wanted) != {"tg"}:
+            path = run.cache and run.cache / f"{i}.safetensors"
+            found = latents(run.generator, image, path)
+            mean, std = found.to(torch.promote_types(found.dtype, torch.float32))
+            first, second = torch.randn(2, *mean.shape, generator=g).to(mean)
+            x0.append(mean + std * first)                             # (C, h, w)
+            noise.append(second)
+    if not described:
+        items = [[step, i] for i in indices]
+        spoken, _ = run.captioner.speak(images, 1, seed=run.seed, items=items)
+        captions = [row[0] for row in spoken]
+
+    batch = Batch(captions, images)
+    if x0:
+        device = run.generator.device
+        batch.latents = torch.stack(x0).to(device)                    # (B, C, h, w)
+        batch.noise = torch.stack(noise).to(device)                   # (B, C, h, w)
+        batch.timesteps = torch.stack(timesteps).to(device)           # (B,)
+        batch.tr_weight = torch.tensor(tr_weight).to(batch.latents)   # (B,)
+    if "ir" in wanted:
+        texts = [run.captioner.space + caption for caption in captions]
+        layout = run.bridge.layout(texts, run.captioner.lead, run.captioner.room)
+        batch.layout = layout.to(run.captioner.device)
+    return batch
