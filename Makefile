@@ -24,7 +24,7 @@ results: .venv/ready
 	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of its items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
 	@.venv/bin/python -m lab.findings --share $(SHARE)
 	@.venv/bin/python -m lab.joint --share $(SHARE)
-	@.venv/bin/python -m lab.report $(if $(filter 1,$(SHARE)),,--folder lab/results/share-$(SHARE))
+	@.venv/bin/python -m lab.report --share $(SHARE)
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "parley: setting up .venv (a few minutes, about 1.5 GB; the only step that uses the network)"

@@ -54,13 +54,13 @@ def price(found):
     rows = found["scorers"]
     family = [key for key in rows if re.fullmatch(r"denoise \d+", key)]
     figure, axes = panels(1, 3, (12, 4.2), sharey=True)
+    numbers = ", ".join(key.split()[1] for key in family)
     for axis, domain in zip(axes, DOMAINS):
         evaluations = [rows[key]["evaluations"] for key in family]
         gains = [rows[key][domain]["gain"] for key in family]
-        low, high = np.transpose([rows[key][domain]["interval"] for key in family])
-        axis.fill_between(evaluations, low, high, alpha=.2)
-        label = "denoise, " + ", ".join(key.split()[1] for key in family) + " noises"
-        axis.plot(evaluations, gains, marker="o", ms=3, label=label)
+        ends = [rows[key][domain]["interval"] for key in family]
+        axis.fill_between(evaluations, *np.transpose(ends), alpha=.2)
+        axis.plot(evaluations, gains, marker="o", ms=3, label=f"denoise, {numbers} noises")
         for key in ("clip", "dino", "few", "denoise"):
             gain = rows[key][domain]["gain"]
             ends = np.abs(np.subtract(rows[key][domain]["interval"], gain))
@@ -70,7 +70,8 @@ def price(found):
         axis.axhline(beam, color="grey", ls=":", label="beam search")
         axis.axhline(rows["clipscore"][domain]["gain"], color="tan", ls="--",
                      label=LABELS["clipscore"])
-        axis.set(title=f"{domain}, {rows['clip'][domain]['items']} pictures", xscale="log",
+        pictures = rows["clip"][domain]["items"]
+        axis.set(title=f"{domain}, {pictures} pictures", xscale="log",
                  xlabel="UNet evaluations a picture")
     axes[0].set_ylabel("CIDEr gained by the choice")
     lines = axes[0].get_legend_handles_labels()

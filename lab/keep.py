@@ -41,10 +41,16 @@ def flags(doc, parts, argv=None):
     if args.share <= 0 or args.processes < 1:
         p.error("--share is above 0, --processes at least 1")
     args.parts = args.parts or list(parts)
-    name = f"share-{args.share:g}"
-    args.out = args.out or (HERE / "results" if args.share == 1 else HERE / "results" / name)
-    args.work = args.work or ROOT / "out/lab" / name
+    args.out = args.out or results_of(args.share)
+    args.work = args.work or ROOT / f"out/lab/share-{args.share:g}"
     return args
+
+
+def results_of(share):
+    """The folder of a run's JSON files."""
+    if share == 1:
+        return HERE / "results"
+    return HERE / f"results/share-{share:g}"
 
 
 @dataclass

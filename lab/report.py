@@ -1,7 +1,7 @@
 """RESULTS.md and its figures from lab/results/*.json: no number is typed by hand.
 
     python -m lab.report                                 # RESULTS.md, lab/results/*.png
-    python -m lab.report --folder lab/results/share-0.1  # of a smaller run, into its folder
+    python -m lab.report --share .1                      # of a smaller run, into its folder
 
 The words stand in lab/RESULTS.in.md. There `{{scorers/scorers/denoise/all|+.1f}}` is a number, by
 its path in the JSON and its format, and `{{table scorers}}` a table of this file. `claims()` has
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import data
-from lab import figures
+from lab import figures, keep
+from lab.keep import DOMAINS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-DOMAINS = ("in", "near", "out")
 ALL = ("all", *DOMAINS)
 NAMES = {"clip": "full cycle, CLIP",
          "dino": "full cycle, DINO",
@@ -47,8 +47,11 @@ PAPER = {"Finding I": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.
 def flags(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--folder", type=Path, default=RESULTS, help="the folder of the JSON files")
-    return p.parse_args(argv)
+    p.add_argument("--share", type=float, default=1.0, help="of the run; 1: as committed")
+    p.add_argument("--folder", type=Path, help="of the JSON files; default the run's")
+    args = p.parse_args(argv)
+    args.folder = args.folder or keep.results_of(args.share)
+    return args
 
 
 # ---------------------------------------------------------------- numbers as text
