@@ -9,7 +9,7 @@ demo: .venv/ready
 test: .venv/ready
 	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five to seven on two AVX2 ones)"
 	@.venv/bin/ruff check .
-	@.venv/bin/python -m pytest -q -rs tests
+	@.venv/bin/python -m pytest -q -rs -n 2 tests
 
 test-real: .venv/ready .real/ready
 	@echo "parley: published numbers with real weights and vectors (20 seconds on two AVX-512 cores, the first time 30; what is not at hand skips)"

@@ -190,7 +190,7 @@ def logits(h, weight, bias, i, j):
 
 
 def soft_embed(hidden, head_weight, head_bias, table, targets, chunk=4096):
-    """Soft embeddings g T (Section 4.1) and, of the same pass, the caption loss (Eq. 1 and 4).
+    """Soft embeddings g T (Section 4.1) and, of the same pass, the caption loss (Eq. 1).
 
     hidden (B, L, H), head (V, H) and (V,) or None, table (V, D), targets (B, L) int64, -100 where
     nothing is said -> soft (B, L, D); ce (B, L), cross-entropies in nats; p (B, L), the targets'

@@ -38,8 +38,9 @@ class Reading:
 class Captioner:
     """A BLIP checkpoint that describes images. Weights frozen, in eval mode.
 
-    What finetune.py wants of a captioner: model, tokenizer, head, prompt, end, space, lead, room,
-    read, speak, save, and the three class attributes below.
+    Another family is a subclass, with a line in `load`: its own set_prompt, see, decode, new_cache,
+    beam_search and stock_processor, as Captioner2. finetune.py also uses read, speak, save, prompt,
+    head, end, lead, room and the class attributes below; checkpoints.py names what it trains.
     """
     space = ""                                   # between prompt and caption
     micro = None                                 # samples at once in training; None: all

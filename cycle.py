@@ -9,7 +9,8 @@
 An image is float (3, H, W) in [0, 1], a caption is a str. Chance is a function of (seed, item): the
 captions of a picture, and the noise its candidates are all drawn from, do not depend on what else
 is in the batch.
-Copy this file alone: it needs torch, an object that speaks and one that draws.
+Copy this file alone: it needs torch, an object that speaks and one that draws (`noises`: one with
+the unet and scheduler of a Stable Diffusion).
 
 Letters: B images, n candidates.
 """

@@ -76,7 +76,7 @@ def karpathy(root, split):
     for row in load_json(path)["images"]:
         splits.add(row["split"])
         if row["split"] in wanted:
-            name = str(row.get("cocoid", row["imgid"]))
+            name = str(row["cocoid"] if "cocoid" in row else row["imgid"])
             picture = root / row.get("filepath", "") / row["filename"]
             items.append(Item(name, picture, [one_line(s["raw"]) for s in row["sentences"]]))
     if not items:
@@ -211,7 +211,8 @@ def read_rows(path):
             rows.append(row)
         except ValueError as e:
             inner = isinstance(e, json.JSONDecodeError) and e.pos == len(e.doc)     # an inner }
-            if not line.startswith(b"{") or line.endswith(b"}") and not inner:
+            cut = line.startswith(b"{") and (inner or not line.endswith(b"}"))
+            if not cut:
                 raise ValueError(f"{path}, line {number}: {e}") from e
     return rows
 

@@ -322,6 +322,9 @@ def main(args):
     # the two sides, what is trained of them, and what lies between
     captioner = Captioner.load(args.captioner, device, dtype)
     generator = Generator.load(args.generator, device, dtype)
+    if not getattr(generator, "denoises", False) or not hasattr(captioner, "head"):
+        raise ValueError(f"--captioner {args.captioner} --generator {args.generator}: BLIP, BLIP-2 "
+                         "and Stable Diffusion 1.x or 2.x can be trained")
     args.micro = args.micro or captioner.micro
     if args.side and not captioner.learns_queries:
         raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")
@@ -347,9 +350,7 @@ def main(args):
     cache = None
     if args.cache:                           # other pictures or another generator: other latents
         cache = Path(args.cache) / digest([samples.name, args.generator, str(generator.dtype)])
-
     total = args.steps or int(args.epochs * (len(samples) // args.batch))
-
     run = Run(captioner=captioner, generator=generator, bridge=between, decode=decode,
               samples=samples, own=own, held=held_out(args.data, samples, args.held), cache=cache,
               trained=trained, adam=adam, weights=dict(zip(args.losses, args.weights)),

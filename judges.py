@@ -55,7 +55,7 @@ def load(names, kind, place="hub", device="cpu", inception=None):
 
 
 def encoder(name, kind, place, device):
-    """The Encoder of a name, for images or text (CLIP for both). Raises ValueError of one line."""
+    """The Encoder of a name, for images or text (CLIP for both); ValueError or Unavailable."""
     folder = HERE / "miniature" if place == "miniature" else Path(place)
     where = HUB[name] if place in ("hub", "cache") else str(folder / name)
     if where != HUB[name] and not Path(where).is_dir():

@@ -8,7 +8,7 @@ The hub is asked in `fetch` and nowhere else. What comes back is a folder on thi
 that is loaded is read from such a folder: safetensors, or .bin by torch's restricted loader where
 there is nothing else. Nothing that is loaded runs code, but for a `file.py:function` that the
 command line names. Whatever fails is a ValueError of one line, with its cause and the remedy.
-Copy this file alone: it needs torch, safetensors and huggingface_hub.
+Copy this file alone: it needs torch, transformers, safetensors and huggingface_hub.
 """
 import contextlib
 import ctypes

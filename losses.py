@@ -86,18 +86,18 @@ def joint(captioner, generator, cross, batch, weights, chunk=1, split=True, deco
     # 3) the captioner reads what the generator takes the clean image to be
     if "tr" in weights:
         x0 = one_step(scheduler, noised, outputs[-1], batch.timesteps)       # (B, C, h, w)
-        found, each["tr"] = text_reconstruction(captioner, decode or generator.decode, x0, batch,
-                                                weights["tr"], chunk, split)
-        total = total + ((x0 * found).sum() if split else found)
+        tr, each["tr"] = text_reconstruction(captioner, decode or generator.decode, x0, batch,
+                                             weights["tr"], chunk, split)
+        total = total + tr
     return total, {name: each[name].detach() for name in NAMES if name in each}
 
 
 def text_reconstruction(captioner, decode, x0, batch, weight, chunk, split):
-    """tr (Eq. 4) of estimates x0 -> gradient at x0 (without split the weighted sum), losses (B,).
+    """tr (Eq. 4) of estimates x0 -> what to call backward on, losses (B,).
 
     The split backward: x0 is cut off, and each chunk runs decoder -> captioner -> loss -> backward
-    and is forgotten. By the chain rule (x0 * gradient).sum() has the gradient of the whole; nothing
-    is computed twice. Samples of weight 0 are not decoded.
+    and is forgotten. By the chain rule (x0 * gradient).sum(), which is returned, has the gradient
+    of the whole; nothing is computed twice. Samples of weight 0 are not decoded.
     """
     z = x0
     if split:
@@ -121,7 +121,7 @@ def text_reconstruction(captioner, decode, x0, batch, weight, chunk, split):
     if not split:
         return total, value
     gradient = torch.zeros_like(x0) if z.grad is None else z.grad
-    return gradient, value
+    return (x0 * gradient).sum(), value
 
 
 # ---------------------------------------------------------------- captions

@@ -41,7 +41,8 @@ def frame(path, side):
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):            # 16 bit: convert would cut at 255
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
+            scale = 257 if image.getextrema()[1] > 255 else 1
+            image = image.convert("I").point(lambda value: value / scale).convert("L")
         image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
@@ -75,9 +76,9 @@ def sheet(groups, by, path, side=136, most=6):
             write(pen, gap + 8, y + 10, words, size=13, width=17, lines=9)
         for c, row in enumerate(rows):
             x = 2 * gap + (c + 1) * across
-            picture = drawn(row, path)
-            canvas.paste(frame(picture, side), (x, y))
-            if picture is None:
+            candidate = drawn(row, path)
+            canvas.paste(frame(candidate, side), (x, y))
+            if candidate is None:
                 write(pen, x + 8, y + 10, "not drawn", GREY)
             colour = GREY
             if c == 0:

@@ -10,7 +10,7 @@
     python rerank.py --words                              # which words explain the picture
     python rerank.py --pairs trl --margin .02             # preference pairs for DPO
 
-Writes into --out: best_of_n.jsonl (a line a candidate: item, caption, picture, log-likelihood,
+Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood,
 scores, ranks), best.json, sheet.png, index.html. Run again, it goes on where it stopped; another
 --by ranks anew without redoing anything. Under torchrun every process takes its share.
 """
@@ -36,7 +36,8 @@ from best_of_n import IMAGE, TEXT, best_first, score_of
 from captioners import Captioner
 from generators import Generator, few_steps
 
-LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"]}
+LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"],
+              "denoise": ["clip"]}               # for clipscore
 SETTINGS = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges",
             "glove", "seed", "dtype", "ckpt", "scorer", "draws", "decoder")
 
@@ -183,9 +184,9 @@ def make_fit(generator, scorer, decoder, name):
         few_steps(generator, decoder)
 
 
-def likenesses(names, asked, direction, place, device, references, glove):
+def likenesses(names, asked, by, direction, place, device, references, glove):
     """({name: f(candidates, inputs) -> (n,)}, CLIP's judge or None). What is absent is refused if
-    it was asked for, {name: by which flag}; of the others there is a line."""
+    --likeness asked for it, or --by; of the others there is a line."""
     kind = "image" if direction == IMAGE else "text"
     ours = [name for name in names if kind == "text" and name in ("cider", "wmd")]
     found, absent = judges.load([name for name in names if name not in ours], kind, place, device)
@@ -199,8 +200,9 @@ def likenesses(names, asked, direction, place, device, references, glove):
     elif "wmd" in ours:
         absent["wmd"] = "it needs word vectors; give --glove glove.6B.200d.txt"
     for name, reason in absent.items():
-        if name in asked:
-            raise ValueError(f"{asked[name]} {name}: {reason}")
+        if name == by or name in (asked or ()):
+            flag = "--by" if name == by else "--likeness"
+            raise ValueError(f"{flag} {name}: {reason}")
         if data.rank_and_world()[0] == 0:
             print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
     return {name: likeness[name] for name in names if name in likeness}, found.get("clip")
@@ -208,8 +210,8 @@ def likenesses(names, asked, direction, place, device, references, glove):
 
 def check(by, scorer, likeness, clip):
     """Refuses a run that would have nothing to rank by, or not --by."""
-    extra = {"likelihood": True, "clipscore": clip, "denoise": scorer == "denoise"}
-    names = [*likeness, *(name for name, there in extra.items() if there)]
+    names = ["denoise"] if scorer == "denoise" else list(likeness)
+    names += ["likelihood", "clipscore"] if clip else ["likelihood"]
     if not likeness and scorer != "denoise":
         raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs "
                          "nothing")
@@ -322,17 +324,16 @@ def main(args):
     rest = [item for item in items[process::processes] if item.name not in done]
 
     # 2) the conversations that are left
-    wanted = args.likeness or LIKENESSES[direction]
+    wanted = args.likeness or LIKENESSES["denoise" if args.scorer == "denoise" else direction]
     generator, skipped = None, []
     if rest:                                     # models before judges: the real cause comes first
         captioner, generator = speakers(args.captioner, args.generator, args.ckpt, args.device,
                                         args.dtype)
         make_fit(generator, args.scorer, args.decoder, args.generator)
-        asked = dict.fromkeys(args.likeness or (), "--likeness") | {args.by: "--by"}
         device, _ = loading.device_and_dtype(args.device)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
-        likeness, clip = likenesses(wanted, asked, direction, args.judges, device, references,
-                                    args.glove)
+        likeness, clip = likenesses(wanted, args.likeness, args.by, direction, args.judges, device,
+                                    references, args.glove)
         check(args.by, args.scorer, likeness, clip)
         loading.record_revisions(out)
         data.same_settings(out, settings)
