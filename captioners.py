@@ -72,6 +72,10 @@ class Captioner:
         return own_class(model.to(device), tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
+        known = processor.do_normalize and int(processor.resample) in (2, 3)
+        if not known or processor.image_mean is None:
+            raise ValueError("a captioner's processor that does not normalise, or resizes by other "
+                             "ways than bilinear or bicubic, is not known here")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.processor = processor
@@ -99,7 +103,8 @@ class Captioner:
         self.head = self.decoder.get_output_embeddings()
 
     def save(self, folder):
-        """As a stock directory: from_pretrained of the model and of AutoProcessor read it."""
+        """As a stock directory: from_pretrained of the model and of AutoProcessor read it. (BLIP-2
+        of another `side` wants interpolate_pos_encoding=True of the library.)"""
         processor = copy.deepcopy(self.processor)
         if self.side:
             processor.size = {"height": self.side, "width": self.side}

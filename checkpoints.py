@@ -36,6 +36,7 @@ BUILT_IN = {"captioner": CAPTIONERS, "generator": GENERATORS, "data": ("miniatur
 # what a resumed run shares with the one it continues; all the rest is speed, memory and places
 TRAINING = ("captioner", "generator", "split", "losses", "weights", "unfreeze", "bridge", "batch",
             "lr", "clip", "thin", "decoder", "seed", "dtype", "side")
+RETIRED = {"temperature": 1.0, "tmax": None}     # of older versions, at what they mean today
 
 
 # ---------------------------------------------------------------- what is trained
@@ -126,6 +127,9 @@ def header(out):
         kinds = [type(about[k]) for k in ("step", "data", "settings")]
         if kinds != [int, str, dict] or about["step"] < 1:
             raise ValueError("not of a run")
+        for key, neutral in RETIRED.items():
+            if about["settings"].get(key, ...) == neutral:
+                del about["settings"][key]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path}: no checkpoint to go on from ({type(e).__name__}); give --out "
                          "its folder") from e
@@ -137,7 +141,9 @@ def restore(out, trained, adam, settings, content):
     about = header(out)
     before = about["settings"] | {"data": about["data"]}
     now = {key: settings[key] for key in TRAINING} | {"data": content}
-    other = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+    moved = foreign(about["settings"])           # models of a folder may lie elsewhere now
+    other = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items()
+             if before.get(k) != v and (k not in moved or k == "data")]
     if other:
         raise ValueError(f"--resume: {out} was trained otherwise ({'; '.join(other)}): choose "
                          "another --out")

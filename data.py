@@ -122,7 +122,11 @@ def folder(root):
         if not {"file_name", "text"} <= row.keys():
             raise ValueError(f"{root / 'metadata.jsonl'}: expected rows with file_name and text, "
                              f"one has {', '.join(row)}")
-        captions.setdefault(row["file_name"], []).append(one_line(row["text"]))
+        said = [row["text"]] if isinstance(row["text"], str) else row["text"]
+        if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"{root / 'metadata.jsonl'}: text of {row['file_name']} is no string "
+                             "and no list of them")
+        captions.setdefault(row["file_name"], []).extend(map(one_line, said))
     items = []
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
@@ -202,7 +206,7 @@ def read_rows(path):
     rows = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(map(bytes.strip, lines), 1):
-        if not line:
+        if not line.strip(b"\0"):                # blank, or what a loss of power left
             continue
         try:
             row = json.loads(line)

@@ -9,6 +9,7 @@
 
 Writes into --out: captions and pictures (kept: run again, it goes on), results.json, table.txt.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
+The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
 import argparse
 import json
@@ -329,27 +330,30 @@ def main(args):
                 judges.inception_weights(args.inception)       # now, not after the work
             except judges.Unavailable as e:
                 raise ValueError(f"--inception {e}") from e
-        data.same_settings(args.out, {name: str(getattr(args, name)) for name in SETTINGS})
+        settings = {name: str(getattr(args, name)) for name in SETTINGS}
+        if (args.out / "settings.json").exists():
+            data.same_settings(args.out, settings)
         if world > 1:                                          # the others wait for the slowest
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
-        # 1) what is not done yet
-        todo = share(items, args.out, "captions")
-        if todo and args.only != "images":
+        # 1) what is not done yet; both models are there before the work begins
+        unsaid = share(items, args.out, "captions") if args.only != "images" else []
+        undrawn = share(items, args.out, "images") if args.only != "captions" else []
+        captioner = generator = None
+        if unsaid:
             captioner = Captioner.load(args.captioner, args.device, args.dtype)
-            if args.ckpt:
-                loading.load_trained(args.ckpt, captioner)
-            loading.record_revisions(args.out)
-            path = args.out / f"captions-{rank}.jsonl"
-            say(todo, path, captioner, args.way, args.seed, args.batch)
-        todo = share(items, args.out, "images")
-        if todo and args.only != "captions":
+        if undrawn:
             generator = Generator.load(args.generator, args.device, args.dtype)
-            if args.ckpt:
-                loading.load_trained(args.ckpt, None, generator)
-            loading.record_revisions(args.out)
+        if args.ckpt:
+            loading.load_trained(args.ckpt, captioner, generator)
+        loading.record_revisions(args.out)
+        data.same_settings(args.out, settings)
+        if unsaid:
+            path = args.out / f"captions-{rank}.jsonl"
+            say(unsaid, path, captioner, args.way, args.seed, args.batch)
+        if undrawn:
             path = args.out / f"images-{rank}.jsonl"
-            draw(todo, path, generator, args.steps, args.guidance, args.seed, args.batch)
+            draw(undrawn, path, generator, args.steps, args.guidance, args.seed, args.batch)
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()

@@ -11,7 +11,7 @@
 Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings and step in its
 header), checkpoint.json (the same header to read), log.jsonl (a line a step). Which sample,
 caption, timestep and noise a step gets is a function of (seed, step, sample): the number of
-processes, --micro and a resume change nothing.
+processes, --micro and a resume change nothing. The miniature: one thread (OMP_NUM_THREADS rules).
 
 --resume and --export take the settings of the checkpoint, which somebody else may have written:
 numbers, switches and built-in names. A folder, file, hub id or code that it names is said, and not
@@ -416,7 +416,8 @@ def train(run, start):
               f"{', '.join(changes)}")
     if saved < run.total:
         places = checkpoints.typed(checkpoints.foreign(run.settings))
-        print(f"finetune.py: stopped before {run.total}: --resume {places} goes on")
+        again = f"--resume {places}".strip()
+        print(f"finetune.py: stopped before {run.total}: {again} goes on")
         return 130
     return 0
 

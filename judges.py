@@ -114,9 +114,11 @@ class Encoder:
         if size.height:
             goal = (size.height, size.width)
         resize = self.processor.do_resize and goal != tuple(images.shape[-2:])
-        arrays = list(images.float().cpu().numpy())
-        out = self.processor(arrays, do_resize=resize, do_rescale=False, return_tensors="pt",
-                             input_data_format="channels_first")
+        arrays = images.float().cpu()
+        if resize:
+            arrays = (arrays.clamp(0, 1) * 255).round().byte()
+        out = self.processor(list(arrays.numpy()), do_resize=resize, do_rescale=resize,
+                             input_data_format="channels_first", return_tensors="pt")
         return out["pixel_values"].to(self.model.device)
 
     def tokens(self, texts):

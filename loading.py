@@ -21,7 +21,14 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -29,6 +36,8 @@ from safetensors.torch import load_file
 WEIGHTS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 TEXTS = (".json", ".txt", ".model", ".jinja")    # configurations, vocabularies, chat templates
+INDEX = "model_index.json"                       # of a pipeline: its parts
+WEIGHTLESS = re.compile("Tokenizer|Processor|Extractor|Scheduler")
 REVISIONS = {}                                   # hub id -> commit, of all this process has opened
 
 
@@ -42,7 +51,7 @@ def resolve(name, table, kind, cached=False):
     place = Path(table.get(name, name))
     try:
         if not place.exists():
-            place = fetch(hub_id(place, table), f"{kind} {str(name)!r}", cached)
+            place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
         old = check_weights(place) if place.is_dir() else []
     except (OSError, ValueError) as e:
         raise ValueError(f"{kind} {str(name)!r}: {e}") from e
@@ -51,20 +60,20 @@ def resolve(name, table, kind, cached=False):
         options["trust_remote_code"] = False
     if old:
         # of a pipeline, None takes safetensors where a part has them
-        pipeline = (place / "model_index.json").exists()
+        pipeline = (place / INDEX).exists()
         options["use_safetensors"] = None if pipeline else False
         print(f"{kind} {str(name)!r}: no safetensors in {', '.join(old)}; its .bin is read through "
               "torch's restricted loader", file=sys.stderr)
     return str(place), options
 
 
-def hub_id(place, table):
+def hub_id(name, table):
     """`owner/name`, where that is what the name says."""
-    owner = place.as_posix().partition("/")[0]
-    if place.as_posix().count("/") != 1 or place.is_absolute() or owner.startswith("."):
+    name = str(table.get(name, name))            # as a path it would lose its ./
+    if name.count("/") != 1 or name.startswith((".", "/")):
         known = f"none of {', '.join(table)}, " if table else ""
         raise ValueError(f"it is {known}no directory and no hub id (owner/name)")
-    return place.as_posix()
+    return name
 
 
 def is_local(name):
@@ -87,7 +96,7 @@ def load_from_file(name, *args):
 
 # ---------------------------------------------------------------- the hub
 def fetch(repo, what, cached=False):
-    """The folder of a hub repository in the hub's own cache, with all that `needed` tells.
+    """The folder of a hub repository in the hub's own cache, with all that `needed` tells of it.
 
     What is missing is fetched, after a line that says how much. Where the hub can't be had, what
     the cache holds will do if it is whole. Raises OSError with the cause.
@@ -99,7 +108,10 @@ def fetch(repo, what, cached=False):
         commit = HfApi().model_info(repo, timeout=10).sha
         tree = HfApi().list_repo_tree(repo, revision=commit, recursive=True)
         sizes = {x.path: getattr(x, "size", 0) for x in tree}
-        wanted = needed(sizes)
+        parts = {}
+        if INDEX in sizes:
+            parts = parts_of(hf_hub_download(repo, INDEX, revision=commit))
+        wanted = needed(sizes, parts)
         # 2) what of it is not here yet
         known = [try_to_load_from_cache(repo, n, revision=commit) for n in wanted]
         missing = [n for n, path in zip(wanted, known) if not isinstance(path, str)]
@@ -119,22 +131,38 @@ def fetch(repo, what, cached=False):
 def from_cache(repo, error):
     """The cached folder of a repository, if it is whole; else OSError with the cause of `error`."""
     try:
-        texts = ["*" + end for end in TEXTS]     # of the weights, check_weights knows better
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=texts,
-                                        ignore_patterns=["safety_checker/*"]))
+        # of its texts the hub's client knows whether they are whole, of weights check_weights
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
+        parts = parts_of(folder / INDEX) if (folder / INDEX).exists() else {}
+        texts = ["*" + end for end in TEXTS]
+        other = ["*/*"]
+        if parts:
+            texts = [f"{part}/{text}" for part in parts for text in texts]
+            other = [f"{part}/*/*" for part in parts]
+        snapshot_download(repo, local_files_only=True, allow_patterns=texts, ignore_patterns=other)
         check_weights(folder)
     except (OSError, ValueError):
         raise OSError(cause(error, repo)) from error
     return folder
 
 
-def needed(names):
-    """Of a repository's file names those that a model is loaded from.
+def parts_of(index):
+    """{folder: class} of the parts that a pipeline's model_index.json names. No safety checker: a
+    picture that it blackens could not be compared."""
+    named = json.loads(Path(index).read_text(encoding="utf-8"))
+    parts = {name: kind[1] for name, kind in named.items() if isinstance(kind, list) and kind[1]}
+    parts.pop("safety_checker", None)
+    return parts
+
+
+def needed(names, parts=()):
+    """Of a repository's file names those that a model, or the parts of a pipeline, are loaded from.
 
     Configurations, vocabularies, and each folder's weights: safetensors, or .bin where there are
-    none. No code, and no safety checker: a picture that it blackens could not be compared.
+    none. No code, and nothing of other folders.
     """
-    names = [n for n in names if not n.startswith("safety_checker/")]
+    folders = set(parts) or {""}
+    names = [n for n in names if n == INDEX or os.path.dirname(n) in folders]
     weights = [n for n in names if WEIGHTS.fullmatch(Path(n).name)]
     safe = [n for n in weights if n.endswith(".safetensors")]
     folders = {Path(n).parent for n in safe}
@@ -169,12 +197,11 @@ def check_weights(folder):
     Raises OSError where a part has none, or where a file is cut, or a pointer to what it should be:
     the libraries' own words for these name no file.
     """
-    index = folder / "model_index.json"
     parts = [folder]
-    if index.exists():                           # a pipeline: the parts that it names
-        named = json.loads(index.read_text(encoding="utf-8"))
-        parts = [folder / k for k, v in named.items() if isinstance(v, list) and v[0]]
-        parts = [p for p in parts if (p / "config.json").exists() and p.name != "safety_checker"]
+    if (folder / INDEX).exists():                # a pipeline: what of it has weights
+        named = parts_of(folder / INDEX).items()
+        parts = [folder / name for name, kind in named if not WEIGHTLESS.search(kind)]
+        parts = [part for part in parts if (part / "config.json").exists()]
     old = []
     for part in parts:
         files = [part / n for n in needed(sorted(os.listdir(part))) if WEIGHTS.fullmatch(n)]
@@ -289,19 +316,22 @@ def keep_memory():
 
 # ---------------------------------------------------------------- what a run is made of
 def record_revisions(folder):
-    """Writes beside a run's settings the commit of each hub repository in it. Raises ValueError
-    where the run was begun with another commit: its results would be mixed with these."""
+    """Writes beside a run's settings the commits of each hub repository in it, {hub id: [commit]}.
+    Where the run was begun with another one, that is said."""
     path = Path(folder) / "revisions.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = json.dumps(known)
     for repo, commit in REVISIONS.items():
-        if before.get(repo, commit) != commit:
-            raise ValueError(
-                f"{folder} was begun with {repo} at {before[repo]}, and the hub now has {commit}: "
-                "choose another --out, or give the older snapshot's folder in the hub's cache")
+        commits = known.setdefault(repo, [])
+        if commit not in commits:
+            if commits:
+                print(f"{folder}: begun with {repo} at {commits[-1]}, goes on with {commit}",
+                      file=sys.stderr)
+            commits.append(commit)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if before | REVISIONS != before:
-        new = path.with_suffix(f".{os.getpid()}")              # each process of torchrun writes it
-        new.write_text(json.dumps(before | REVISIONS, indent=2) + "\n", encoding="utf-8")
+    if json.dumps(known) != before:
+        new = path.with_suffix(f".{os.getpid()}")              # another process writes its own
+        new.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         os.replace(new, path)
 
 

@@ -12,7 +12,8 @@
 
 Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood,
 scores, ranks), best.json, sheet.png, index.html. Run again, it goes on where it stopped; another
---by ranks anew without redoing anything. Under torchrun every process takes its share.
+--by ranks anew without redoing anything. Under torchrun every process takes its share. The
+miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
 import argparse
 import functools
@@ -195,6 +196,8 @@ def likenesses(names, asked, by, direction, place, device, references, glove):
         likeness["cider"] = functools.partial(cider, metrics.document_frequency(references))
     elif "cider" in ours:
         absent["cider"] = "it needs the document frequency of a set of references; give --data"
+    if glove and not Path(glove).is_file():
+        raise ValueError(f"--glove {glove}: no such file")
     if "wmd" in ours and glove:
         likeness["wmd"] = functools.partial(metrics.movers, glove)
     elif "wmd" in ours:
@@ -258,6 +261,8 @@ def show_worth(groups, items):
         captions.append([row["caption"] for row in rows])
         for name in rows[0]["scores"]:
             scores.setdefault(name, []).append([score_of(row, name) for row in rows])
+    # a judge that was absent for a while has scored some items only
+    scores = {name: values for name, values in scores.items() if len(values) == len(groups)}
     df = metrics.document_frequency(list(references.values()))
     quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
     for name, ranking in scores.items():
@@ -269,9 +274,9 @@ def show_worth(groups, items):
 
 
 # ---------------------------------------------------------------- the road
-def converse(items, direction, out, how):
-    """Has the conversation over items, some at a time, and keeps their rows. Returns why items were
-    skipped. how: arguments of captions_for and pictures_for by name."""
+def converse(items, direction, out, settings, how):
+    """Has the conversation over items, some at a time, and keeps their rows, with the settings of
+    the run. Returns why items were skipped. how: arguments of captions_for and pictures_for."""
     conversation = best_of_n.captions_for if direction == IMAGE else best_of_n.pictures_for
     chunk = max(1, how["draw"]["batch"] // how["n"])
     quiet = data.rank_and_world()[0] > 0
@@ -287,6 +292,8 @@ def converse(items, direction, out, how):
         if given:
             names = [items[i].name for i in given]
             groups = conversation(list(given.values()), names, **how)
+            loading.record_revisions(out)
+            data.same_settings(out, settings)    # only now: what came to nothing binds nobody
             for i, rows in zip(given, groups):
                 best_of_n.keep(items[i], rows, direction, how["seed"], how["generator"], out)
         bar.update(len(items[start:start + chunk]))
@@ -335,9 +342,7 @@ def main(args):
         likeness, clip = likenesses(wanted, args.likeness, args.by, direction, args.judges, device,
                                     references, args.glove)
         check(args.by, args.scorer, likeness, clip)
-        loading.record_revisions(out)
-        data.same_settings(out, settings)
-        skipped = converse(rest, direction, out, {
+        skipped = converse(rest, direction, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
             "speak": {"way": args.way} if direction == IMAGE else None,
