@@ -50,6 +50,8 @@ def resolve(name, table, kind, cached=False):
     """
     place = Path(table.get(name, name))
     try:
+        if place.suffix == ".py":
+            raise ValueError("a model from a file is file.py:function")
         if not place.exists():
             place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
         old = check_weights(place) if place.is_dir() else []

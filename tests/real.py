@@ -13,6 +13,7 @@ from conftest import ROOT
 from scipy.optimize import linprog
 from scipy.stats import kendalltau
 
+import judges
 import metrics
 
 REAL = ROOT / ".real"
@@ -64,7 +65,7 @@ def test_the_weights_are_the_hubs(sbert):
 def test_sentence_similarities_of_sbert_net(sbert, tmp_path):
     """The example of sbert.net's first page, to the four decimals it prints."""
     (tmp_path / "sbert").symlink_to(sbert)
-    likeness = metrics.likenesses(["sbert"], "text", judges=tmp_path).pairs["sbert"]
+    likeness = judges.load(["sbert"], "text", tmp_path)[0]["sbert"].alike
     weather = "The weather is lovely today."
     sunny = "It's so sunny outside!"
     stadium = "He drove to the stadium."
@@ -160,8 +161,7 @@ def test_wmd_of_coco_captions_is_a_linear_programs(glove, raw, shared):
     first = [a for a, _ in plain]
     second = [b for _, b in plain]
     a, b = first + first, second + second[1:] + second[:1]
-    likeness = metrics.likenesses(["wmd"], "text", glove=glove).pairs["wmd"]
-    found = -likeness(a, b)
+    found = -metrics.movers(glove, a, b)
     wanted = np.array([transport(x, y, raw) for x, y in zip(a, b)])
     bags = [(bag(x, raw)[1], bag(y, raw)[1]) for x, y in zip(a, b)]
     unequal = sum(len(p) != len(q) for p, q in bags)
