@@ -3,11 +3,11 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
 demo: .venv/ready
-	@echo "parley: ten captions for each of four pictures, drawn and ranked (about 20 seconds on two cores)"
+	@echo "parley: ten captions for each of four pictures, drawn and ranked (half a minute on two cores)"
 	@.venv/bin/python rerank.py --n 10 --scorer full --out out/demo
 
 test: .venv/ready
-	@echo "parley: lint and tests (two minutes on two AVX-512 cores, five to seven on two AVX2 ones)"
+	@echo "parley: lint and tests (four minutes on two cores)"
 	@.venv/bin/ruff check .
 	@.venv/bin/python -m pytest -q -rs -n 2 tests
 

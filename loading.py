@@ -250,11 +250,19 @@ def readable_errors(name, kind):
     try:
         yield
     except Exception as e:                       # of no common class
-        reason = " ".join(str(e).split())[:300]
-        if "torchvision" in reason:
-            reason = ("torchvision does not fit this torch: uninstall it, nothing here needs it "
-                      f"({reason[-160:]})")
+        reason = torchvision_fault() or " ".join(str(e).split())[:300]
         raise ValueError(f"{kind} {str(name)!r} could not be loaded: {reason}") from e
+
+
+def torchvision_fault():
+    """The libraries import torchvision where it is installed, and hide that it was what failed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as e:
+        return f"torchvision does not fit this torch ({e}): uninstall it, nothing here needs it"
+    return None
 
 
 # ---------------------------------------------------------------- this process

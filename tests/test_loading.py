@@ -161,6 +161,27 @@ print(last - first)
     assert kept < faults("miniature", MALLOC_TRIM_THRESHOLD_="131072") / 4
 
 
+def test_a_torchvision_that_does_not_fit_is_named(tmp_path):
+    """As PyPI's beside a torch of another build: the libraries' own words hide it."""
+    package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.29.1.dist-info"
+    package.mkdir()
+    metadata.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.29.1\n")
+    code = ("import captioners, generators, judges\n"
+            "for load in (captioners.Captioner.load, generators.Generator.load):\n"
+            "    try:\n        load('miniature')\n"
+            "    except ValueError as e:\n        print(e)\n"
+            "print(judges.load(['clip'], 'image', 'miniature')[1]['clip'])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    lines = out.stdout.splitlines()
+    assert len(lines) == 3, out.stderr
+    for line in lines:
+        assert "torchvision does not fit this torch" in line and "torchvision::nms" in line
+
+
 # ---------------------------------------------------------------- revisions
 def test_revisions_are_recorded(tmp_path, monkeypatch, capsys):
     file = tmp_path / "out/revisions.json"
