@@ -56,7 +56,7 @@ def resolve(name, table, kind, cached=False):
             place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
         old = check_weights(place) if place.is_dir() else []
     except (OSError, ValueError) as e:
-        raise ValueError(f"{kind} {str(name)!r}: {e}") from e
+        raise ValueError(f"{kind} {str(name)!r}: {' '.join(str(e).split())}") from e
     options = {"local_files_only": True, "use_safetensors": True}
     if place.is_dir():
         options["trust_remote_code"] = False
@@ -152,7 +152,10 @@ def parts_of(index):
     """{folder: class} of the parts that a pipeline's model_index.json names. No safety checker: a
     picture that it blackens could not be compared."""
     named = json.loads(Path(index).read_text(encoding="utf-8"))
-    parts = {name: kind[1] for name, kind in named.items() if isinstance(kind, list) and kind[1]}
+    if not isinstance(named, dict):
+        raise ValueError(f"{index}: expected {{part: [library, class]}}")
+    pairs = {name: kind for name, kind in named.items() if isinstance(kind, list)}
+    parts = {name: kind[1] for name, kind in pairs.items() if len(kind) == 2 and kind[1]}
     parts.pop("safety_checker", None)
     return parts
 
@@ -221,7 +224,10 @@ def check_weights(folder):
 def check_shards(part, files):
     """Raises OSError where a file is missing that the index of large weights names."""
     for index in part.glob(f"*{files[0].suffix}.index.json"):
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+            raise ValueError(f"{index}: expected {{weight_map: {{tensor: file}}}}")
+        named = found["weight_map"].values()
         missing = [n for n in sorted(set(named)) if WEIGHTS.fullmatch(n) and part / n not in files]
         if missing:
             raise FileNotFoundError(f"{part / missing[0]} is missing, which {index.name} names")

@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-from itertools import accumulate
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 import bridge
 from captioners import Captioner
+from lab.bench import peak
 from miniature import world
 
 ODD = [
@@ -111,16 +111,6 @@ def shorter(tokenizer, length):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = length
     return tokenizer
-
-
-def peak(f):
-    """What f() allocates at most beyond what it found, in bytes, on the CPU, by the allocator."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
-        f()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(accumulate((e.nbytes() for e in events), initial=0))
 
 
 # ---------------------------------------------------------------- the vocabulary map

@@ -161,6 +161,17 @@ print(last - first)
     assert kept < faults("miniature", MALLOC_TRIM_THRESHOLD_="131072") / 4
 
 
+@pytest.mark.parametrize("file, text", [
+    ("model_index.json", "[]"), ("model_index.json", "{"), ("model.safetensors.index.json", "{}"),
+    ("model.safetensors.index.json", '{"weight_map": []}')])
+def test_an_index_of_another_shape_is_one_line(tmp_path, file, text):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match="captioner") as e:
+        loading.resolve(tmp_path, {}, "captioner")
+    assert "\n" not in str(e.value)
+
+
 def test_a_torchvision_that_does_not_fit_is_named(tmp_path):
     """As PyPI's beside a torch of another build: the libraries' own words hide it."""
     package, metadata = tmp_path / "torchvision", tmp_path / "torchvision-0.29.1.dist-info"
