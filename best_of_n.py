@@ -1,10 +1,11 @@
 """Best of N: candidates as rows, how they are kept and ranked, their words, preference pairs.
 
-    rows, = captions_for([image], ["photo.jpg"], captioner, generator, {}, scorer="denoise")
-    best_first(rows, "denoise")[0]["caption"]
+    rows, = captions_for([image], ["photo.jpg"], captioner, generator, {})
+    best_first(rows, "both")[0]["caption"]
 
-A row is what a line of candidates.jsonl holds of a candidate: {"caption", "picture", "likelihood",
-"scores": {name: number or None, higher = better}}, by `denoise` also "error" and "gap".
+A row is what a line of candidates.jsonl holds of a candidate: {"caption", "picture", "scores":
+{name: number or None, higher = better}, "errors": {name: standard error}, "gaps": {name: standard
+error of the difference to the best by that score}}.
 Copy this file with cycle.py, losses.py and data.py.
 
 Letters: B items, n candidates of each, H W pixels.
@@ -13,6 +14,7 @@ import itertools
 import math
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import cycle
@@ -23,99 +25,121 @@ IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
 
 
 # ---------------------------------------------------------------- the two conversations
-def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="full", n=10,
+def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None):
-    """n captions of each picture (3, H, W) with their scores: n rows an item. By `denoise` only the
-    best is drawn, in 0 `steps` none.
+    """n captions of each picture (3, H, W) with their scores: n rows an item.
 
+    scorer: `both` (judged), and only the best is drawn, in 0 `steps` none; or `full`, the cycle.
     items: what chance hangs on; likeness: as in cycle.image_text_image; clip: a judge that compares
-    picture and caption; draws: noises of `denoise`; speak, draw: more arguments of the speakers.
+    picture and caption; draws: noises of `both`; speak, draw: more arguments of the speakers.
     """
     speak, draw = speak or {}, draw or {}
-    found = []                                   # of each item its columns and scores
-    if scorer == "denoise":
-        captions, likelihood = captioner.speak(images, n, seed=seed, items=items, **speak)
-        for image, item, said, log_p in zip(images, items, captions, likelihood):
-            columns = {"caption": said, "picture": [None] * n, "likelihood": log_p}
-            timesteps, noise = cycle.noises(generator, draws, seed, item)
-            loss = losses.score(generator, image, said, timesteps, noise, draw.get("batch", 16))
-            found.append((columns, denoise_scores(loss, columns)))
+    groups = []
+    if scorer == "both":
+        said, log_p = captioner.speak(images, n, seed=seed, items=items, **speak)
+        for image, item, captions, total in zip(images, items, said, log_p):
+            found = judged(captioner, generator, image, captions, item, total, seed, draws,
+                           draw.get("batch", 16))
+            groups.append(rows_of(captions, [None] * n, *found))
     else:
         talk = cycle.image_text_image(captioner, generator, images, n, likeness, seed, items,
                                       speak, draw)
-        found = [of_item(talk, b) for b in range(len(images))]
-    groups = []
-    for image, (columns, scores) in zip(images, found):
-        if clip:                                 # the baseline without a cycle
-            scores["clipscore"] = clip.score(image[None], columns["caption"])
-        groups.append(rows_of(columns, scores))
-    if scorer == "denoise" and draw.get("steps", 50) > 0:
-        winners = [best_first(rows, "denoise")[0] for rows in groups]
+        groups = rows_of_talk(talk, captioner)
+    if clip:                                     # the baseline without a cycle
+        for image, rows in zip(images, groups):
+            put(rows, "clipscore", clip.score(image[None], [row["caption"] for row in rows]))
+    if scorer == "both" and draw.get("steps", 50) > 0:
+        winners = [best_first(rows, default_score(rows))[0] for rows in groups]
         captions = [row["caption"] for row in winners]
         for row, picture in zip(winners, generator.draw(captions, items, seed, **draw)):
             row["picture"] = picture
     return groups
 
 
-def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="full", n=10,
+def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None):
-    """n pictures (3, H, W) of each text with their scores: n rows an item. By `denoise` none is
-    read: their caption is the text. likeness: as in cycle.text_image_text; the rest as above."""
+    """n pictures (3, H, W) of each text with their scores: n rows an item. By `both` the caption of
+    a row is the text; by `full` what the captioner read. likeness: as in cycle.text_image_text; the
+    rest as above."""
     speak, draw = speak or {}, draw or {}
-    found = []
-    if scorer == "denoise":
+    groups = []
+    if scorer == "both":
         wanted = [text for text in texts for _ in range(n)]
         each = [(item, j) for item in items for j in range(n)]    # what the noise of each hangs on
         drawn = generator.draw(wanted, each, seed, **draw)                     # (B n, 3, H, W)
         for text, item, pictures in zip(texts, items, drawn.split(n)):
-            columns = {"caption": [text] * n, "picture": pictures, "likelihood": [math.nan] * n}
-            timesteps, noise = cycle.noises(generator, draws, seed, item)
-            loss = losses.score(generator, pictures, [text], timesteps, noise,
-                                draw.get("batch", 16))
-            found.append((columns, denoise_scores(loss, columns)))
+            total = captioner.likelihood(pictures, [text] * n)
+            found = judged(captioner, generator, pictures, [text], item, total, seed, draws,
+                           draw.get("batch", 16))
+            groups.append(rows_of([text] * n, pictures, *found))
     else:
         talk = cycle.text_image_text(captioner, generator, texts, n, likeness, seed, items, speak,
                                      draw)
-        found = [of_item(talk, b) for b in range(len(texts))]
-    groups = []
-    for text, (columns, scores) in zip(texts, found):
-        if clip:
-            scores["clipscore"] = clip.score(columns["picture"], [text])
-        groups.append(rows_of(columns, scores))
+        groups = rows_of_talk(talk, captioner)
+    if clip:
+        for text, rows in zip(texts, groups):
+            pictures = torch.stack([row["picture"] for row in rows])
+            put(rows, "clipscore", clip.score(pictures, [text]))
     return groups
 
 
-def denoise_scores(loss, columns):
-    """The score of losses (draws, n); its standard error, and that of its difference to the best,
-    become columns."""
-    mean, columns["error"] = losses.mean_and_error(loss)
-    best = loss[:, [int(mean.argmin())]]
-    _, columns["gap"] = losses.mean_and_error(loss - best)
-    return {"denoise": -mean}
+def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12, batch=16):
+    """What both models say of n candidates, one image (3, H, W) and n captions or n images and one
+    caption: {score: (n,)}, their standard errors, and those of the differences to the best.
+
+    log_p (n,): log-likelihoods; the generator's noises are those of cycle.noises.
+    """
+    timesteps, noise = cycle.noises(generator, draws, seed, item)
+    loss = losses.score(generator, images, captions, timesteps, noise, batch)  # (draws, n)
+    mean, error = losses.mean_and_error(loss)
+    scores = {"denoise": -mean} | likelihoods(captioner, captions, log_p)
+    unit = {"denoise": 1.0}
+    if "per_token" in scores:
+        scores = {"both": losses.both(scores["per_token"], mean)} | scores
+        unit["both"] = float(mean.std(correction=0)) or 1.0       # of denoise, in z: losses.both
+    errors, gaps = {}, {}
+    for name, spread in unit.items():
+        best = loss[:, [int(scores[name].argmax())]]
+        errors[name] = error / spread
+        gaps[name] = losses.mean_and_error(loss - best)[1] / spread
+    return scores, errors, gaps
 
 
-def of_item(talk, b):
-    """Columns and scores of item b of a conversation."""
-    columns = {"caption": talk.captions[b], "picture": talk.images[b],
-               "likelihood": talk.likelihood[b]}
-    return columns, {name: score[b] for name, score in talk.scores.items()}
+def likelihoods(captioner, captions, log_p):
+    """Log-likelihoods (n,) of captions in nats, of the whole and, where the captioner knows its
+    tokens, per token: Eq. 1 with another sign."""
+    found = {"likelihood": log_p}
+    if hasattr(captioner, "tokens"):
+        found["per_token"] = log_p / captioner.tokens(captions)
+    return found
 
 
-def rows_of(columns, scores):
-    """Columns and scores of n values each -> n rows; numbers to six digits, nan as None."""
-    scores = scores | {"likelihood": columns["likelihood"]}
+def rows_of_talk(talk, captioner):
+    """The rows of each item of a conversation."""
+    groups = []
+    for b, captions in enumerate(talk.captions):
+        scores = {name: score[b] for name, score in talk.scores.items()}
+        scores |= likelihoods(captioner, captions, talk.likelihood[b])
+        groups.append(rows_of(captions, talk.images[b], scores))
+    return groups
+
+
+def rows_of(captions, pictures, scores, errors=None, gaps=None):
+    """n candidates -> n rows; numbers to six digits, nan as None."""
     rows = []
-    for j in range(len(columns["caption"])):
-        row = {name: column[j] for name, column in columns.items()}
-        for name in row.keys() - {"caption", "picture"}:
-            row[name] = rounded(row[name])
-        row["scores"] = {name: rounded(score[j]) for name, score in scores.items()}
-        rows.append(row)
+    for caption, picture in zip(captions, pictures):
+        rows.append({"caption": caption, "picture": picture, "scores": {}, "errors": {},
+                     "gaps": {}})
+    for kind, columns in (("scores", scores), ("errors", errors), ("gaps", gaps)):
+        for name, values in (columns or {}).items():
+            put(rows, name, values, kind)
     return rows
 
 
-def rounded(number):
-    return None if math.isnan(number) else round(float(number), 6)
+def put(rows, name, values, kind="scores"):
+    """Values (n,) into the rows, as `name` of their `kind`."""
+    for row, value in zip(rows, values):
+        row[kind][name] = None if math.isnan(value) else round(float(value), 6)
 
 
 # ---------------------------------------------------------------- kept in a file
@@ -155,6 +179,12 @@ def score_of(row, name):
     """A row's score as a number to rank by: a missing one comes last."""
     score = row["scores"].get(name)
     return -math.inf if score is None else score
+
+
+def default_score(rows):
+    """What ranks rows by themselves: both models, else the generator, else the first score."""
+    names = rows[0]["scores"]
+    return next((name for name in ("both", "denoise") if name in names), next(iter(names)))
 
 
 def best_first(rows, name):

@@ -43,6 +43,8 @@ class Captioner:
     head, end, lead, room and the class attributes below; checkpoints.py names what it trains.
     """
     space = ""                                   # between prompt and caption
+    beams = 3                                    # of beam search, at least
+    length_penalty = 1.0                         # of beam search; above 1: longer captions
     micro = None                                 # samples at once in training; None: all
     learns_queries = False                       # whether query tokens are trained
 
@@ -189,6 +191,11 @@ class Captioner:
         said = logp.gather(2, r.targets.clamp(min=0)[..., None])[..., 0]        # (B, L)
         return said.masked_fill(r.targets < 0, 0).sum(1).cpu().double()
 
+    def tokens(self, captions):
+        """How many tokens the model says for each caption, its end included: (B,) float64."""
+        counts = [len(row) - len(self.prompt) for row in self.tokenize(captions)]
+        return torch.tensor(counts, dtype=torch.float64)
+
     # captions out
     @torch.no_grad()
     def speak(self, images, n=10, way="top-p", seed=0, items=None, length=(5, 20)):
@@ -258,7 +265,8 @@ class Captioner:
 
     def beam_options(self, n, length):
         fewest, most = (max(0, tokens - len(self.prompt)) for tokens in length)
-        return {"num_beams": max(3, n), "num_return_sequences": n, "do_sample": False,
+        return {"num_beams": max(self.beams, n), "length_penalty": self.length_penalty,
+                "num_return_sequences": n, "do_sample": False,
                 "eos_token_id": self.end, "pad_token_id": self.pad, "min_new_tokens": fewest,
                 "max_new_tokens": most, "suppress_tokens": self.unsaid or None}
 

@@ -11,6 +11,7 @@
 
     loss = score(generator, image, captions, timesteps, noise)     # which caption explains it best?
     mean, error = mean_and_error(loss)                             # the smallest mean wins
+    both(log_p, mean)                                              # and by the captioner, too
 
 Work is shared: one captioner pass for tg and ir, one UNet call for both contexts, and only what
 the losses asked for is computed. Copy this file alone: it needs torch, two objects with the few
@@ -254,6 +255,25 @@ def mean_and_error(loss):
         return loss.mean(0), loss[0] * torch.nan
     variance = loss.diff(n=order, dim=0).square().mean(0) / math.comb(2 * order, order)
     return loss.mean(0), (variance / draws).sqrt()
+
+
+def both(log_p, loss):
+    """What both models say of an item's candidates: (..., n) float64, higher = better.
+
+    log_p (..., n): the captioner's log-likelihood per token, minus Eq. 1; loss (..., n): the
+    generator's denoising loss, Eq. 3 (score's mean). Each is standardised among the n candidates,
+    so that neither unit nor weight is to be chosen: it is how many standard deviations a candidate
+    lies above the others, by the one model and by the other, added up.
+    """
+    return standardised(log_p) - standardised(loss)
+
+
+def standardised(x):
+    """x (..., n) less its mean over its standard deviation, among n; 0 where all are equal."""
+    x = torch.as_tensor(x, dtype=torch.float64)
+    apart = x - x.mean(-1, keepdim=True)
+    spread = apart.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(spread > 0, apart / spread, 0)
 
 
 def words(generator, image, caption, timesteps, noise, batch=64):

@@ -14,6 +14,7 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+PARTS = {"both": ("per_token", "denoise")}        # the scores that a score is made of
 GOLD = "#d9a300"                                  # the winner's frame
 BROWN = "#a07800"                                 # and its label
 GREY = "#666"                                     # labels of the others
@@ -60,7 +61,7 @@ def drawn(row, path):
 def sheet(groups, by, path, side=136, most=6):
     """sheet.png: a row an item, the first `most`; its input at the left, then the candidates in
     order of `by`, the winner framed."""
-    gap, text = 12, 78                            # pixels: between pictures; of words below each
+    gap, text = 12, 92                            # pixels: between pictures; of words below each
     across, down = side + gap, side + text + gap
     columns = 1 + max(len(rows) for *_, rows in groups)
     size = columns * across + 2 * gap, len(groups[:most]) * down + gap
@@ -85,11 +86,18 @@ def sheet(groups, by, path, side=136, most=6):
                 colour = BROWN
                 corners = x - 4, y - 4, x + side + 3, y + side + 3
                 pen.rectangle(corners, outline=GOLD, width=4)
-            score = row["scores"].get(by)
-            score = "-" if score is None else f"{score:.3f}"
-            write(pen, x, below, f"{c + 1}.  {by} {score}", colour, 13)
+            write(pen, x, below, f"{c + 1}.  {said(row, by)}", colour, 13)
+            for part in PARTS.get(by, ()):
+                write(pen, x, below + 16, said(row, part), GREY)
+                below += 12
             write(pen, x, below + 16, row["caption"])
     canvas.save(path)
+
+
+def said(row, name):
+    """A score as it is printed."""
+    score = row["scores"].get(name)
+    return f"{name} -" if score is None else f"{name} {score:.3f}"
 
 
 def write(pen, x, y, words, colour="black", size=11, width=23, lines=4):

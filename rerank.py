@@ -10,9 +10,9 @@
     python rerank.py --words                              # which words explain the picture
     python rerank.py --pairs trl --margin .02             # preference pairs for DPO
 
-Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, log-likelihood,
-scores, ranks), best.json, sheet.png, index.html. Run again, it goes on where it stopped; another
---by ranks anew without redoing anything. Under torchrun every process takes its share. The
+Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, scores and their
+standard errors, ranks), best.json, sheet.png, index.html. Run again, it goes on where it stopped;
+another --by ranks anew without redoing anything. Under torchrun every process takes its share. The
 miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
 import argparse
@@ -38,7 +38,7 @@ from captioners import Captioner
 from generators import Generator, few_steps
 
 LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"],
-              "denoise": ["clip"]}               # for clipscore
+              "both": ["clip"]}                  # for clipscore
 SETTINGS = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges",
             "glove", "seed", "dtype", "ckpt", "scorer", "draws", "decoder")
 
@@ -56,21 +56,22 @@ def flags(argv=None):
     p.add_argument("--split", help="of --data: val, test (default); in, near, out, nocaps (of it)")
     p.add_argument("--turn", choices=["image", "text"], help="side of --data; default image")
     p.add_argument("--limit", type=int, help="items; default 4 of --data miniature, else all")
-    p.add_argument("--scorer", choices=["full", "denoise", "few"],
-                   help="full (default of sentences): draw every caption; few: in 8 steps of "
-                   "DPM-Solver++; denoise (default of pictures): draw only the winner")
+    p.add_argument("--scorer", choices=["both", "full", "few"],
+                   help="both (default): what both models say of it, log-likelihood and denoising "
+                   "loss; full: the paper's cycle, draws or reads every candidate; few: of "
+                   "captions, in 8 steps of DPM-Solver++")
     p.add_argument("--decoder", help="of few: tiny (TAESD), or an AutoencoderTiny's place")
-    p.add_argument("--draws", type=int, default=12, help="of denoise: noises a candidate")
+    p.add_argument("--draws", type=int, default=12, help="of both: noises a candidate")
     p.add_argument("--words", action="store_true", help="what each word of the winner adds")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: of captions "
                    "for TRL's DPO (JSON lines), of pictures for Diffusion-DPO (parquet)")
     p.add_argument("--margin", type=float, default=0.0, help="of --pairs: as near is a tie")
     p.add_argument("--way", default="top-p", help="or top-k, temperature, typical, beam")
-    p.add_argument("--steps", type=int, help="of drawing; default 50, of few 8; 0: denoise alone")
+    p.add_argument("--steps", type=int, help="of drawing; default 50, of few 8; 0: none is drawn")
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*",
                    help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
-    p.add_argument("--by", help="the score that ranks; default denoise, else the first likeness")
+    p.add_argument("--by", help="the score that ranks; default both, else the first likeness")
     p.add_argument("--judges", help="miniature, hub, cache (the hub's, as fetched before), folder "
                    "with clip, dino, sbert; default as the models, cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for wmd")
@@ -176,8 +177,8 @@ def speakers(captioner, generator, ckpt, device, dtype):
 
 def make_fit(generator, scorer, decoder, name):
     """Readies a generator for --scorer, or says why it can't do that."""
-    if scorer == "denoise" and not getattr(generator, "denoises", False):
-        raise ValueError(f"--scorer denoise: {name} is no Stable Diffusion 1.x or 2.x: say "
+    if scorer == "both" and not getattr(generator, "denoises", False):
+        raise ValueError(f"--scorer both: {name} is no Stable Diffusion 1.x or 2.x: say "
                          "--scorer full")
     if scorer == "few" and not hasattr(generator, "pipe"):
         raise ValueError(f"--scorer few: {name} is no pipeline of diffusers: say --scorer full")
@@ -211,11 +212,16 @@ def likenesses(names, asked, by, direction, place, device, references, glove):
     return {name: likeness[name] for name in names if name in likeness}, found.get("clip")
 
 
-def check(by, scorer, likeness, clip):
+def check(by, scorer, likeness, clip, captioner):
     """Refuses a run that would have nothing to rank by, or not --by."""
-    names = ["denoise"] if scorer == "denoise" else list(likeness)
+    names = ["denoise"] if scorer == "both" else list(likeness)
     names += ["likelihood", "clipscore"] if clip else ["likelihood"]
-    if not likeness and scorer != "denoise":
+    if hasattr(captioner, "tokens"):
+        names += ["per_token", "both"] if scorer == "both" else ["per_token"]
+    elif scorer == "both" and data.rank_and_world()[0] == 0:
+        print("rerank.py: the captioner has no `tokens`, so that there is no log-likelihood per "
+              "token: denoise alone ranks", file=sys.stderr)
+    if not likeness and scorer != "both":
         raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs "
                          "nothing")
     if by and by not in names:
@@ -242,8 +248,8 @@ def show(items, groups, by, direction, note, out):
     for name, picture, text, rows in shown[:20]:
         print(f"\n{name if picture else text}")
         for place, row in enumerate(rows, 1):
-            print(f"  {place:2d}  {by} {score_of(row, by):7.3f}  "
-                  f"log p {score_of(row, 'likelihood'):7.2f}  {row['caption']}")
+            shown = [f"{name} {score_of(row, name):8.4f}" for name in (by, *page.PARTS.get(by, ()))]
+            print(f"  {place:2d}  {'  '.join(shown)}  {row['caption']}")
             for word, value, error in row.get("words", ()):
                 print(f"        {word:12s} {value:+.4f} +- {error:.4f}")
     print()
@@ -312,11 +318,11 @@ def main(args):
         direction, items = from_arguments(args.inputs, args.limit)
     else:
         direction, items = from_set(args.data, args.split, args.turn, args.limit)
-    if args.scorer is None:                      # by RESULTS.md
-        whole = direction == TEXT or ".py:" in args.generator
-        args.scorer = "full" if whole else "denoise"
-    if args.steps == 0 and (direction == TEXT or args.scorer != "denoise"):
-        raise ValueError("--steps 0: only --scorer denoise of pictures needs no drawing")
+    if args.scorer is None:                      # by RESULTS.md; what comes in may lack a loss
+        judges_of = [args.generator, args.captioner] if direction == TEXT else [args.generator]
+        args.scorer = "full" if any(".py:" in name for name in judges_of) else "both"
+    if args.steps == 0 and (direction == TEXT or args.scorer != "both"):
+        raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"direction": direction}
     settings["set"] = "None" if args.inputs else f"{Path(args.data).name} {args.split}"
@@ -331,7 +337,7 @@ def main(args):
     rest = [item for item in items[process::processes] if item.name not in done]
 
     # 2) the conversations that are left
-    wanted = args.likeness or LIKENESSES["denoise" if args.scorer == "denoise" else direction]
+    wanted = args.likeness or LIKENESSES["both" if args.scorer == "both" else direction]
     generator, skipped = None, []
     if rest:                                     # models before judges: the real cause comes first
         captioner, generator = speakers(args.captioner, args.generator, args.ckpt, args.device,
@@ -341,7 +347,7 @@ def main(args):
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
         likeness, clip = likenesses(wanted, args.likeness, args.by, direction, args.judges, device,
                                     references, args.glove)
-        check(args.by, args.scorer, likeness, clip)
+        check(args.by, args.scorer, likeness, clip, captioner)
         skipped = converse(rest, direction, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
@@ -364,7 +370,7 @@ def main(args):
         best_of_n.rank(rows)
     data.write_rows(out / "candidates.jsonl", itertools.chain(*(groups | done).values()))
     names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
-    by = args.by or next(name for name in ["denoise", *wanted] if name in names)
+    by = args.by or next(name for name in ["both", "denoise", *wanted] if name in names)
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     ordered = {name: best_first(rows, by) for name, rows in groups.items()}

@@ -1,7 +1,7 @@
 """Measures the frozen cycles on the miniature, into lab/results/*.json.
 
     python -m lab.findings                       # every part, as committed: hours on two cores
-    python -m lab.findings scorers --share .1    # a tenth of one, into lab/results/share-0.1
+    python -m lab.findings texts --share .1      # a tenth of one, into lab/results/share-0.1
     python -m lab.report                         # RESULTS.md and its figures
 
 Candidates are those of rerank.py: equal seed, item and steps, so equal captions and drawings
@@ -9,11 +9,9 @@ Candidates are those of rerank.py: equal seed, item and steps, so equal captions
 """
 import functools
 import sys
-import zlib
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 import cycle
 import data
@@ -23,17 +21,15 @@ import metrics
 from captioners import Captioner
 from generators import Generator, few_steps
 from lab import keep
-from lab.keep import DOMAINS, ROOT, by_domain, mean_of, scene_of, spoiled, truth
+from lab.keep import DOMAINS, ROOT, by_domain, mean_of, scene_of, spoiled, timed, truth
 from miniature import world
 
-PARTS = ("check", "scores", "scorers", "findings", "texts", "pictures", "words")
+PARTS = ("check", "scores", "findings", "texts", "pictures", "words")
 SHOWN = ("clip", "dino", "pixel", "denoise", "clipscore", "likelihood")
-DRAWS = (1, 2, 4, 6, 8, 12, 16, 32, 64)          # numbers of noises of the denoising loss
-# UNet evaluations of a caption by a score; of the others none
-PRICES = {"clip": 100, "dino": 100, "pixel": 100, "few": 16, "denoise": 12}
-PRICES |= {f"denoise {draws}": draws for draws in DRAWS}
-COMPARED = (("denoise", "clip"), ("denoise", "clipscore"), ("denoise 1", "clip"),
-            ("clipscore", "clip"), ("denoise 16", "few"), ("denoise 64", "denoise 12"))
+# of pictures of a text
+CONTRASTS = (("clipscore", "clip"), ("denoised less", "clip"), ("denoised less", "denoised"),
+             ("per token", "clip"), ("both", "clip"), ("both", "denoised less"),
+             ("both", "per token"), ("both", "clipscore"))
 
 
 # ---------------------------------------------------------------- one picture, one text
@@ -73,14 +69,6 @@ def loss_of(pictures, captions, draws, item):
     return losses.score(generator, pictures, captions, timesteps, noise, empty=False).numpy()
 
 
-def some(total, count, item):
-    """`count` of `total` draws, one of each of as many equal parts, by a chance of the item."""
-    key = [zlib.crc32(word.encode()) for word in (item, str(count))]
-    dice = np.random.default_rng(key)
-    parts = np.array_split(np.arange(total), count)
-    return np.array([dice.choice(part) for part in parts])
-
-
 def of_picture(name, domain, index):
     """Ten captions of a picture and beam search's: the scores of the ten, how good they are."""
     captioner, generator, few = speakers()
@@ -93,31 +81,34 @@ def of_picture(name, domain, index):
     # equal captions are drawn and scored once, all from the noise of the item
     different = list(dict.fromkeys(ten))
     same = [name] * len(different)
-    drawn = generator.draw(different, same, batch=40)                     # (k, 3, 32, 32)
-    short = few.draw(different, same, steps=8, batch=40)
+    seconds = {}
+    drawn = timed(seconds, "clip", generator.draw, different, same, batch=40)      # (k, 3, 32, 32)
+    short = timed(seconds, "few", few.draw, different, same, steps=8, batch=40)
+    seconds["dino"] = seconds["clip"]
     scores = {}                                                           # (k,) each
     for key in ("clip", "dino", "pixel"):
         scores[key] = judge("image", key).alike(drawn, image[None])
     scores["few"] = clip.alike(short, image[None])
     scores["clipscore"] = clip.score(image[None], different)
     scores["denoise"] = -loss_of(image, different, 12, name).mean(0)
-    loss = loss_of(image, different, DRAWS[-1], name)                     # (64, k)
-    for draws in DRAWS:
-        rows = some(len(loss), draws, name)
-        scores[f"denoise {draws}"] = -loss[rows].mean(0)
     place = [different.index(caption) for caption in ten]
     scores = {key: values[place] for key, values in scores.items()}       # (10,) each
     scores["likelihood"] = likelihood[0].tolist()
 
     captions = [*ten, beams[0]]
-    quality = {"facts": [truth(caption, scene) for caption in captions]}
+    return {"domain": domain, "captions": captions, "references": references,
+            "different": len(different), "scores": scores, "seconds": seconds,
+            "quality": qualities(captions, references, scene)}
+
+
+def qualities(captions, references, scene):
+    """How good captions are: {name: (k,)}. CIDEr is of all rows at once."""
+    found = {"facts": [truth(caption, scene) for caption in captions]}
     said = np.repeat(captions, len(references)).tolist()
     for key in ("clip", "sbert"):
         likeness = judge("text", key).alike(said, references * len(captions))
-        likeness = likeness.reshape(len(captions), -1)                    # (11, 5)
-        quality[key.upper()] = likeness.mean(1)
-    return {"domain": domain, "captions": captions, "references": references,
-            "different": len(different), "scores": scores, "quality": quality}
+        found[key.upper()] = likeness.reshape(len(captions), -1).mean(1)  # over references
+    return found
 
 
 def of_text(name, domain, index, steps):
@@ -138,6 +129,9 @@ def of_text(name, domain, index, steps):
     nothing = loss_of(pictures, [""], 12, name)
     scores["denoised"] = -loss.mean(0)
     scores["denoised less"] = (nothing - loss).mean(0)
+    given = captioner.likelihood(pictures, [text] * len(pictures)) / captioner.tokens([text])
+    scores["per token"] = given.numpy()
+    scores["both"] = losses.both(given, -scores["denoised less"]).numpy()
 
     pictures = (pictures * 255).round() / 255                             # as a file holds them
     quality = {}
@@ -174,13 +168,11 @@ def columns(rows, kind):
     return found
 
 
-def captions_of(lab):
-    """Rows of `of_picture`; CIDEr and their other qualities: {name: (items, 11)}."""
-    rows = lab.measured("captions", of_picture, jobs(lab.count(500)))
+def quality_of(rows):
+    """{measure: (items, captions)}; CIDEr weighs n-grams by the references of all rows."""
     captions = [row["captions"] for row in rows]
     references = [row["references"] for row in rows]
-    quality = {"CIDEr": metrics.caption_quality(captions, references)}
-    return rows, quality | columns(rows, "quality")
+    return {"CIDEr": metrics.caption_quality(captions, references)} | columns(rows, "quality")
 
 
 def worth(quality, scores, rows):
@@ -202,11 +194,11 @@ def means(values, rows):
 
 def findings(lab):
     """Finding I (Figure 3, Table 1): quality by rank, for every score, by domain."""
-    rows, quality = captions_of(lab)
+    rows = lab.measured("captions", of_picture, jobs(lab.count(500)))
     scores = columns(rows, "scores")
     shown = {key: scores[key] for key in SHOWN}
     ten, beam = {}, {}
-    for name, values in quality.items():
+    for name, values in quality_of(rows).items():
         ten[name] = values[:, :10]
         best = values[:, 10]
         beam[name] = means(best, rows)
@@ -214,37 +206,6 @@ def findings(lab):
         for domain, x in beam[name].items():
             x["gain"] = gain[domain]
     lab.keep("findings", {"table": worth(ten, shown, rows), "beam": beam})
-
-
-def scorers(lab):
-    """Scorer x (UNet evaluations, gain, agreement with the full cycle, against beam search)."""
-    rows, quality = captions_of(lab)
-    scores = columns(rows, "scores")
-    captions = [row["captions"] for row in rows]
-    different = np.mean([row["different"] for row in rows])
-    ten = quality["CIDEr"][:, :10]
-    beam = quality["CIDEr"][:, 10]
-    full = scores["clip"]
-    found, chosen = {}, {}
-    for key, score in scores.items():
-        best = score.argmax(1)
-        chosen[key] = np.take_along_axis(ten, best[:, None], 1)[:, 0]
-        same, tau = [], []
-        for said, ours, theirs in zip(captions, score, full):
-            same.append(said[ours.argmax()] == said[theirs.argmax()])
-            tau.append(kendalltau(ours, theirs).statistic)           # nan where all are equal
-        same, tau = np.array(same), np.array(tau)
-        found[key] = {"evaluations": PRICES.get(key, 0) * different, "items": len(rows)}
-        for domain, at in by_domain(rows):
-            row = metrics.choices(ten[at], score[at])
-            row["same"] = mean_of(same[at])
-            row["tau"] = mean_of(tau[at & ~np.isnan(tau)])
-            row["over_beam"] = mean_of(chosen[key][at] - beam[at])
-            found[key][domain] = row
-    ahead = {}
-    for a, b in COMPARED:
-        ahead[f"{a} minus {b}"] = means(chosen[a] - chosen[b], rows)
-    lab.keep("scorers", {"beam": means(beam, rows), "scorers": found, "differences": ahead})
 
 
 # ---------------------------------------------------------------- Finding II: pictures
@@ -257,14 +218,16 @@ def drawings(lab, part, full, steps):
     table = worth(quality, scores, rows)
 
     dice, everyone = np.random.default_rng(0), np.arange(len(rows))
-    sets, likeness, ahead = {}, {}, {}
-    sets["a random one"] = at_random(rows, dice)
-    for key, score in scores.items():
-        best = score.argmax(1)
-        sets[key] = as_a_set(rows, best)
-        likeness[key] = quality["CLIP"][everyone, best]
-    for a, b in (("clipscore", "clip"), ("denoised less", "clip"), ("denoised less", "denoised")):
-        ahead[f"{a} minus {b}"] = mean_of(likeness[a] - likeness[b])
+    sets = {"a random one": at_random(rows, dice)}
+    best = {key: score.argmax(1) for key, score in scores.items()}
+    for key, place in best.items():
+        sets[key] = as_a_set(rows, place)
+    ahead = {}
+    for a, b in CONTRASTS:
+        ahead[f"{a} minus {b}"] = {}
+        for name, values in quality.items():
+            gain = values[everyone, best[a]] - values[everyone, best[b]]
+            ahead[f"{a} minus {b}"][name] = mean_of(gain)
     lab.keep(part, {"steps": steps, "table": table, "differences": ahead, "sets": sets})
 
 
@@ -353,14 +316,12 @@ def measure(part, lab):
         check(lab)
     elif part == "scores":
         scores(lab)
-    elif part == "scorers":
-        scorers(lab)
     elif part == "findings":
         findings(lab)
     elif part == "texts":
         drawings(lab, "texts", 100, 50)
     elif part == "pictures":
-        drawings(lab, "pictures", 500, 8)
+        drawings(lab, "pictures", 200, 8)
     elif part == "words":
         words(lab)
 

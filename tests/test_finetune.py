@@ -654,6 +654,7 @@ def test_rerank_takes_a_checkpoint(whole, tmp_path):
         rows.append(
             [json.loads(x) for x in (tmp_path / name / "candidates.jsonl").read_text().splitlines()]
         )
-    assert [r["likelihood"] for r in rows[0]] != [r["likelihood"] for r in rows[1]]
+    before, after = ([row["scores"]["likelihood"] for row in group] for group in rows)
+    assert before != after
     with pytest.raises(ValueError, match="ckpt was"):
         rerank.main(rerank.flags([*argv, "--out", str(tmp_path / "after")]))

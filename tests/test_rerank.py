@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -47,7 +48,7 @@ def test_what_comes_out(finished, capsys):
     lines = rows(finished)
     assert len(lines) == 9 and [r["candidate"] for r in lines[:3]] == [0, 1, 2]
     for r in lines:
-        assert set(r["scores"]) == {"clip", "dino", "pixel", "clipscore", "likelihood"}
+        assert set(r["scores"]) == {"clip", "dino", "pixel", "clipscore", "likelihood", "per_token"}
         assert set(r["rank"]) == set(r["scores"])
         assert Image.open(finished / r["picture"]).size == (32, 32)
     for item in {r["item"] for r in lines}:
@@ -108,7 +109,8 @@ def test_images_for_sentences(tmp_path):
     assert run(two, "--likeness", "sbert", "clip", "cider", out=tmp_path / "out") == 0
     lines = rows(tmp_path / "out")
     assert len(lines) == 6 and lines[0]["item"] == "a small red ball on the grass"
-    assert set(lines[0]["scores"]) == {"sbert", "clip", "cider", "clipscore", "likelihood"}
+    assert set(lines[0]["scores"]) == {"sbert", "clip", "cider", "clipscore", "likelihood",
+                                       "per_token"}
 
 
 def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
@@ -155,7 +157,7 @@ def test_two_processes_share_the_work(finished, tmp_path):
 
 
 # ---------------------------------------------------------------- cheaper scorers
-def test_denoise_draws_only_the_winner(tmp_path):
+def test_both_draws_only_the_winner(tmp_path):
     argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--draws", "4",
             "--likeness", "pixel", "--out", str(tmp_path)]
     assert rerank.main(rerank.flags(argv)) == 0
@@ -164,13 +166,15 @@ def test_denoise_draws_only_the_winner(tmp_path):
     best = json.loads((tmp_path / "best.json").read_text())
     for item in {r["item"] for r in found}:
         some = [r for r in found if r["item"] == item]
-        winner = max(some, key=lambda r: r["scores"]["denoise"])
+        winner = max(some, key=lambda r: r["scores"]["both"])
         assert winner["picture"] == best[item]["picture"]
         assert winner["caption"] == best[item]["caption"]
         assert sum(r["picture"] is not None for r in some) == 1
         for r in some:
-            assert set(r["scores"]) == {"denoise", "likelihood"}
-            assert r["error"] > 0 and (r["gap"] > 0) != (r["caption"] == best[item]["caption"])
+            assert set(r["scores"]) == {"both", "denoise", "likelihood", "per_token"}
+            assert set(r["errors"]) == set(r["gaps"]) == {"both", "denoise"}
+            assert r["errors"]["both"] > 0
+            assert (r["gaps"]["both"] > 0) != (r["caption"] == best[item]["caption"])
     assert "not drawn" not in (tmp_path / "index.html").read_text()
     assert (tmp_path / "sheet.png").exists()
 
@@ -208,18 +212,20 @@ def test_few_and_a_tiny_decoder(tmp_path):
         assert good["caption"] == mud["caption"]
 
 
-def test_pictures_of_a_text_by_denoising(tmp_path):
-    """The same pictures as by the full cycle, none of them read."""
+def test_pictures_of_a_text_by_both(tmp_path, captioner):
+    """The same pictures as by the full cycle; the captioner reads the given text in each."""
     argv = ["a red ring", "--n", "3", "--steps", "5", "--device", "cpu", "--likeness", "sbert"]
-    own = ["--scorer", "denoise", "--out", str(tmp_path / "text")]
-    assert rerank.main(rerank.flags([*argv, *own])) == 0
-    assert rerank.main(rerank.flags([*argv, "--out", str(tmp_path / "whole")])) == 0
+    assert rerank.main(rerank.flags([*argv, "--out", str(tmp_path / "text")])) == 0
+    whole = ["--scorer", "full", "--out", str(tmp_path / "whole")]
+    assert rerank.main(rerank.flags([*argv, *whole])) == 0
     found = rows(tmp_path / "text")
-    assert all(r["caption"] == "a red ring" and r["likelihood"] is None for r in found)
+    assert all(r["caption"] == "a red ring" for r in found)
     assert len({r["scores"]["denoise"] for r in found}) == 3
     for r in found:
         one, other = (data.open_image(tmp_path / k / r["picture"]) for k in ("text", "whole"))
         assert (one - other).abs().max() < .02
+        loss = losses.caption_loss(captioner.read([one], ["a red ring"]))
+        assert r["scores"]["per_token"] == pytest.approx(-float(loss), abs=.05)   # 8-bit picture
 
 
 # ---------------------------------------------------------------- one item, by hand
@@ -228,25 +234,33 @@ def test_captions_for_two_pictures(captioner, generator, images):
     def darker(pictures, image):
         return image.mean() - pictures.mean((1, 2, 3))
     how = {"n": 3, "seed": 5, "items": ["x", "y"]}
-    both = best_of_n.captions_for(images[:2], captioner=captioner, generator=generator,
-                                  likeness={"darker": darker}, draw={"steps": 2}, **how)
+    full = best_of_n.captions_for(images[:2], captioner=captioner, generator=generator,
+                                  likeness={"darker": darker}, scorer="full", draw={"steps": 2},
+                                  **how)
     captions, likelihood = captioner.speak(images[:2], 3, seed=5, items=["x", "y"])
     for b, item in enumerate("xy"):
-        for j, row in enumerate(both[b]):
+        for j, row in enumerate(full[b]):
             drawn = generator.draw([captions[b][j]], [item], 5, steps=2)[0]
-            assert row["caption"] == captions[b][j] and "error" not in row
+            assert row["caption"] == captions[b][j] and row["errors"] == {}
             assert (row["picture"] - drawn).abs().max() < 1e-3
             expected = float(images[b].mean() - drawn.mean())
             assert row["scores"]["darker"] == pytest.approx(expected, abs=1e-3)
-            assert row["scores"]["likelihood"] == row["likelihood"]
-            assert row["likelihood"] == pytest.approx(float(likelihood[b, j]), abs=1e-4)
+            assert row["scores"]["likelihood"] == pytest.approx(float(likelihood[b, j]), abs=1e-4)
     cheap = best_of_n.captions_for(images[:2], captioner=captioner, generator=generator,
-                                   likeness={}, scorer="denoise", draws=4, draw={"steps": 0}, **how)
+                                   likeness={}, draws=4, draw={"steps": 0}, **how)
     for b, item in enumerate("xy"):
         noises = cycle.noises(generator, 4, 5, item)
         loss = torch.cat([losses.score(generator, images[b], [c], *noises) for c in captions[b]], 1)
         found = [row["scores"]["denoise"] for row in cheap[b]]
         assert found == pytest.approx((-loss.mean(0)).tolist(), abs=1e-5)
+        # Eq. 1 and Eq. 3, each in standard deviations among the three, by numpy
+        said = [float(losses.caption_loss(captioner.read([images[b]], [c]))) for c in captions[b]]
+        expected = -scipy.stats.zscore(said) - scipy.stats.zscore(loss.mean(0).numpy())
+        assert [row["scores"]["both"] for row in cheap[b]] == pytest.approx(expected, abs=1e-2)
+        best = int(expected.argmax())
+        gaps = losses.mean_and_error(loss - loss[:, [best]])[1] / loss.mean(0).std(correction=0)
+        found = [row["gaps"]["both"] for row in cheap[b]]
+        assert found == pytest.approx(gaps.tolist(), abs=1e-4)
         assert [row["picture"] for row in cheap[b]] == [None] * 3
         assert [row["caption"] for row in cheap[b]] == captions[b]
 
@@ -370,7 +384,7 @@ def test_nothing_need_be_drawn(tmp_path):
     assert len(found) == 6 and not (tmp_path / "pictures").exists()
     assert (tmp_path / "sheet.png").exists()
     for r in found:                              # one draw tells no error
-        assert r["picture"] is None and r["error"] is None is r["gap"]
+        assert r["picture"] is None and r["errors"]["both"] is None is r["gaps"]["denoise"]
     for more in (["--scorer", "few"], ["a red ring"]):
-        with pytest.raises(ValueError, match="--steps 0: only --scorer denoise"):
+        with pytest.raises(ValueError, match="--steps 0: only --scorer both"):
             rerank.main(rerank.flags([*more, "--steps", "0", "--out", str(tmp_path / "x")]))
