@@ -1,14 +1,13 @@
 """The figures of RESULTS.md and README.md, drawn by lab.report from the same JSON."""
-import re
-
 import numpy as np
 
 DOMAINS = ("in", "near", "out")
 LABELS = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
           "sbert": "full cycle, SBERT", "cider": "full cycle, CIDEr", "few": "few steps (8), CLIP",
           "clipscore": "no cycle: CLIP(picture, caption)", "likelihood": "no cycle: log-likelihood",
-          "denoise": "denoise, 12 noises (default)", "denoised": "denoise, 12 noises",
-          "denoised less": "denoise, less the empty caption"}
+          "denoise": "denoise, 12 noises", "denoised": "denoise, 12 noises",
+          "denoised less": "denoise, less the empty caption", "per token": "log p per token",
+          "both": "both models (default)"}
 
 
 def draw(folder, found):
@@ -18,8 +17,8 @@ def draw(folder, found):
     for part in ("findings", "pictures", "texts"):
         if part in found:
             save(by_rank(found[part]["table"]), folder / f"{part}.png")
-    if "scorers" in found:
-        save(price(found["scorers"]), folder / "scorers.png")
+    if "choice" in found:
+        save(price(found["choice"]["rows"]), folder / "choice.png")
     if "joint" in found:
         save(trained(found["joint"]["rows"]), folder / "joint.png")
 
@@ -49,31 +48,19 @@ def by_rank(table):
     return figure
 
 
-def price(found):
-    """CIDEr gained by the choice over the UNet evaluations that it costs, by domain."""
-    rows = found["scorers"]
-    family = [key for key in rows if re.fullmatch(r"denoise \d+", key)]
+def price(rows):
+    """CIDEr of the choice minus beam search's, over the UNet evaluations it costs, by domain."""
     figure, axes = panels(1, 3, (12, 4.2), sharey=True)
-    numbers = ", ".join(key.split()[1] for key in family)
     for axis, domain in zip(axes, DOMAINS):
-        evaluations = [rows[key]["evaluations"] for key in family]
-        gains = [rows[key][domain]["gain"] for key in family]
-        ends = [rows[key][domain]["interval"] for key in family]
-        axis.fill_between(evaluations, *np.transpose(ends), alpha=.2)
-        axis.plot(evaluations, gains, marker="o", ms=3, label=f"denoise, {numbers} noises")
-        for key in ("clip", "dino", "few", "denoise"):
-            gain = rows[key][domain]["gain"]
-            ends = np.abs(np.subtract(rows[key][domain]["interval"], gain))
-            axis.errorbar(rows[key]["evaluations"], gain, ends[:, None], marker="s", ms=4,
-                          label=LABELS[key])
-        beam = found["beam"][domain]["value"] - rows["clip"][domain]["mean"]
-        axis.axhline(beam, color="grey", ls=":", label="beam search")
-        axis.axhline(rows["clipscore"][domain]["gain"], color="tan", ls="--",
-                     label=LABELS["clipscore"])
-        pictures = rows["clip"][domain]["items"]
-        axis.set(title=f"{domain}, {pictures} pictures", xscale="log",
-                 xlabel="UNet evaluations a picture")
-    axes[0].set_ylabel("CIDEr gained by the choice")
+        for key in ("per token", "clipscore", "denoise", "both", "few", "clip"):
+            x = rows[key][domain]["CIDEr minus beam"]
+            ends = [[x["value"] - x["low"]], [x["high"] - x["value"]]]
+            axis.errorbar(rows[key]["evaluations"], x["value"], ends, marker="o", ms=5,
+                          capsize=3, label=LABELS[key])
+        axis.axhline(0, color="grey", ls=":", label="the strongest beam search")
+        axis.set(title=domain, xlabel="UNet evaluations a picture")
+        axis.set_xscale("symlog", linthresh=100)
+    axes[0].set_ylabel("CIDEr minus the strongest beam search")
     lines = axes[0].get_legend_handles_labels()
     figure.legend(*lines, fontsize=7, loc="outside lower center", ncols=4)
     return figure

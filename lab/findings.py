@@ -319,9 +319,9 @@ def measure(part, lab):
     elif part == "findings":
         findings(lab)
     elif part == "texts":
-        drawings(lab, "texts", 100, 50)
+        drawings(lab, "texts", 60, 50)
     elif part == "pictures":
-        drawings(lab, "pictures", 200, 8)
+        drawings(lab, "pictures", 150, 8)
     elif part == "words":
         words(lab)
 

@@ -3,8 +3,8 @@
     python -m lab.report                                 # RESULTS.md, lab/results/*.png
     python -m lab.report --share .1                      # of a smaller run, into its folder
 
-The words stand in lab/RESULTS.in.md. There `{{scorers/scorers/denoise/all|+.1f}}` is a number, by
-its path in the JSON and its format, and `{{table scorers}}` a table of this file. `claims()` has
+The words stand in lab/RESULTS.in.md. There `{{choice/rows/both/all/CIDEr|.1f}}` is a number, by
+its path in the JSON and its format, and `{{table choice}}` a table of this file. `claims()` has
 the numbers that README.md says, by lab/claims.json.
 """
 import argparse
@@ -27,14 +27,16 @@ NAMES = {"clip": "full cycle, CLIP",
          "few": "few steps (8), CLIP",
          "clipscore": "*no cycle:* CLIP(picture, caption)",
          "likelihood": "*no cycle:* log-likelihood",
+         "per token": "log-likelihood per token",
+         "both": "**both models** (default)",
          "beam": "*no choice:* beam search (3)",
          "a random one": "*no choice:* a random one (with the range of 95 in 100)",
-         "denoise": "denoise, 12 noises (default)",
+         "denoise": "denoise, 12 noises",
          "denoised": "denoise, 12 noises",
          "denoised less": "denoise, 12 noises, less the empty caption"}
 # Rows of the committed JSON that are not shown: commit e6b6cf2 has their code, closed.json a word.
-CLOSED = ("halved 60", "again", "ranks: ", "own words, word bridge (straight through)",
-          "own words, temperature 0.5", "ig + tr, tr where t < 600")
+CLOSED = ("own words, word bridge (straight through)", "own words, temperature 0.5",
+          "ig + tr, tr where t < 600")
 # The paper's own numbers, beside ours, never blended: NoCaps; BLIP ViT-B, Stable Diffusion v1-4.
 PAPER = {"Finding I": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)",
          "Finding II": "Table 2: CLIP distance 40.54 -> 33.47, FID 32.37 -> 29.59",
@@ -120,8 +122,7 @@ def claims():
 
 def title(key):
     """A row's name as it is printed."""
-    said = " - ".join(NAMES.get(part, part) for part in key.split(" minus "))
-    return re.sub(r"denoise (\d+)", r"denoise, \1 of 64 noises", said)
+    return " - ".join(NAMES.get(part, part) for part in key.split(" minus "))
 
 
 def table(corner, rows, columns):
@@ -143,11 +144,14 @@ def table_of(name, found):
         return scores(found["scores"])
     if name == "findings":
         return findings(found["findings"])
-    if name == "scorers":
-        return scorers(found["scorers"]["scorers"])
-    if name == "differences":
-        columns = {domain: (domain, "+.1f") for domain in ALL}
-        return table("difference of gain", found["scorers"]["differences"], columns)
+    if name == "choice":
+        return choice(found["choice"]["rows"])
+    if name == "choice differences":
+        columns = {f"{key}, {domain}": (f"{domain}/{key}", form) for key, form in
+                   (("CIDEr", "+.1f"), ("facts", "+.3f")) for domain in ALL}
+        return table("difference", found["choice"]["differences"], columns)
+    if name.startswith("val "):
+        return tried(found["choice_val"][name.removeprefix("val ")])
     if name in ("pictures", "texts"):
         return drawings(found[name])
     if name == "words":
@@ -226,15 +230,25 @@ def drawings(found):
         "the paper's": ("paper", "")})
 
 
-def scorers(rows):
-    for row in rows.values():
-        row["gains"] = [row[domain]["gain"] for domain in DOMAINS]
-        row["over beam"] = [row[domain]["over_beam"]["value"] for domain in DOMAINS]
+def choice(rows):
+    """Scores by what they take, and what they choose minus beam search."""
     return table("chosen by", rows, {
-        "UNet evaluations": ("evaluations", ",.0f"), "gain": ("all", "+.1f"),
-        "gain, in / near / out": ("gains", "+.1f"), "same first choice": ("all/same", ".2f"),
-        "tau": ("all/tau", "+.2f"), "minus beam search": ("all/over_beam", "+.1f"),
-        "that, in / near / out": ("over beam", "+.1f")})
+        "UNet evaluations": ("evaluations", ",.0f"), "seconds": ("seconds", ".2f"),
+        "n": ("all/CIDEr/n", "d"), "CIDEr": ("all/CIDEr", ".1f"),
+        "CIDEr - beam": ("all/CIDEr minus beam", "+.1f"), "in": ("in/CIDEr minus beam", "+.1f"),
+        "near": ("near/CIDEr minus beam", "+.1f"), "out": ("out/CIDEr minus beam", "+.1f"),
+        "facts - beam": ("all/facts minus beam", "+.3f"),
+        "CLIP - beam": ("all/CLIP minus beam", "+.3f"),
+        "SBERT - beam": ("all/SBERT minus beam", "+.3f")})
+
+
+def tried(rows):
+    """What was tried on val: quality, and minus the strongest beam search."""
+    for row in rows.values():
+        row["by domain"] = [row[domain]["CIDEr minus beam"]["value"] for domain in DOMAINS]
+    return table("on val", rows, {
+        "CIDEr": ("all/CIDEr/value", ".1f"), "CIDEr - beam": ("all/CIDEr minus beam", "+.1f"),
+        "in / near / out": ("by domain", "+.1f"), "true facts": ("all/facts/value", ".3f")})
 
 
 def signal(rows):

@@ -7,11 +7,12 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import ROOT
 
 import metrics
-from lab import findings, joint, keep, report
+from lab import choice, findings, joint, keep, report
 from miniature import world
 
 # claims that something is nothing
@@ -27,9 +28,9 @@ def test_no_number_is_typed_by_hand():
     page = report.page(report.RESULTS)
     assert page == (ROOT / "RESULTS.md").read_text()
     assert page.count("\n") <= 300 and "{{" not in page
-    gain = json.loads((report.RESULTS / "scorers.json").read_text())["scorers"]["denoise"]["all"]
-    said = f"{gain['gain']:+.1f} ["
-    assert report.claims()["default gain"].startswith(said) and said in page
+    rows = json.loads((report.RESULTS / "choice.json").read_text())["rows"]
+    said = f"{rows['both']['all']['CIDEr minus beam']['value']:+.1f} ["
+    assert report.claims()["both - beam"].startswith(said) and said in page
 
 
 def test_what_is_claimed_is_beyond_chance():
@@ -46,8 +47,8 @@ def test_a_folder_without_results_is_one_line(tmp_path):
 
 
 def test_fewer_draws_are_stratified_too():
-    for count in findings.DRAWS:
-        chosen = np.array([findings.some(64, count, f"item {i}") for i in range(200)])
+    for count in choice.DRAWS:
+        chosen = np.array([choice.some(64, count, f"item {i}") for i in range(200)])
         for column, part in zip(chosen.T, np.array_split(np.arange(64), count)):
             assert set(column) <= set(part) and (len(part) > 8 or set(column) == set(part))
 
@@ -147,43 +148,73 @@ def there(pid):
     return bool(state.strip()) and state.strip()[0] != "Z"
 
 
-def test_scorers_of_known_rows(tmp_path):
-    """What knows the truth gains all there is and agrees with its like; what does not, does not."""
-    rows, names = [], ["clip", "dino", "pixel", "few", "clipscore", "likelihood", "denoise"]
-    names += [f"denoise {draws}" for draws in findings.DRAWS]
+def test_choices_among_known_rows(tmp_path):
+    """What knows the truth chooses the best of ten and loses nothing to a beam search that is as
+    good; what does not know it does."""
+    rows, drawn = [], []
+    known, blind = [-i for i in range(13)], [i % 3 for i in range(13)]
     for key, (_, domain, index) in findings.jobs(2).items():
-        said = [world.captions(keep.scene_of(domain, index + i))[0] for i in range(11)]
-        known, blind = [-i for i in range(10)], [i % 3 for i in range(10)]
-        rows.append({"key": key, "domain": domain, "captions": said, "references": said[:1] * 2,
-                     "different": 10, "scores": dict.fromkeys(names, known) | {"dino": blind},
-                     "quality": dict.fromkeys(("facts", "CLIP", "SBERT"), list(range(11, 0, -1)))})
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lab = keep.Lab(2 / 500, 1, tmp_path, tmp_path)
-    findings.scorers(lab)
-    findings.findings(lab)
-    found = json.loads((tmp_path / "scorers.json").read_text())
-    for name, row in found["scorers"].items():
-        x = row["all"]
-        right = x["chosen"] == x["oracle"] and x["same"]["value"] == x["tau"]["value"] == 1
-        assert right == (name != "dino"), name
-    assert found["scorers"]["clip"]["evaluations"] == 1000
-    assert found["scorers"]["denoise 16"]["evaluations"] == 160
-    assert all(x["all"]["value"] == 0 for x in found["differences"].values())
-    first = json.loads((tmp_path / "findings.json").read_text())
-    assert first["table"]["facts"]["clip"]["out"]["by_rank"] == list(range(11, 1, -1))
-    beam = first["beam"]["facts"]["in"]
-    assert beam["value"] == 1 and beam["gain"]["value"] == -5.5
+        said = [world.captions(keep.scene_of(domain, index + i))[0] for i in range(16)]
+        said[15] = said[0]
+        row = {"key": key, "domain": domain, "captions": said, "references": said[:1] * 2}
+        scores = dict.fromkeys(("likelihood", "denoise", "clipscore", "error"), known)
+        scores |= dict.fromkeys(("per token", "per token, T 0.5", "per token, T 2"), known)
+        good = [*range(16, 1, -1), 16]
+        seconds = dict.fromkeys(("samples", "beam", "likelihood", "denoise", "clipscore"), 1)
+        rows.append(row | {"different": 10, "scores": scores | {"clipscore": blind},
+                           "longer": {}, "seconds": seconds,
+                           "quality": dict.fromkeys(("facts", "CLIP", "SBERT"), good)})
+        scores = {"clip": known[:10], "dino": blind[:10], "few": known[:10]}
+        drawn.append(row | {"scores": scores, "seconds": dict.fromkeys(scores, 5)})
+    for name, kept in (("choice-test", rows), ("captions", drawn)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    choice.test(keep.Lab(2 / 500, 1, tmp_path, tmp_path))
+    found = json.loads((tmp_path / "choice.json").read_text())
+    for name in ("denoise", "likelihood", "per token", "both", "clip", "few"):
+        assert found["rows"][name]["out"]["facts minus beam"]["value"] == 0, name
+    for name in ("clipscore", "dino"):           # the third of ten
+        assert found["rows"][name]["in"]["facts minus beam"]["value"] == -2, name
+    assert found["rows"]["a random one"]["all"]["facts minus beam"]["value"] == -4.5
+    assert found["rows"]["both"]["evaluations"] == 120 and found["rows"]["both"]["seconds"] == 3
+    assert found["rows"]["clip"]["evaluations"] == 1000 and found["rows"]["clip"]["seconds"] == 6
+    assert found["agreement with clip"]["both"]["tau"]["value"] == 1
+    assert found["differences"]["both minus clipscore"]["near"]["facts"]["value"] == 2
+
+
+def test_the_rules_are_what_they_say():
+    dice = np.random.default_rng(0)
+    names = ("denoise", "likelihood", "per token", "clipscore", "per token, T 0.5",
+             "per token, T 2", "error")
+    scores = {name: dice.normal(size=(4, 10)) for name in names}
+    found = choice.rules(scores)
+    first, second = (scipy.stats.zscore(scores[name], axis=1) for name in ("per token", "denoise"))
+    assert found["both"] == pytest.approx(first + second)
+    assert found["z(per token) + 2 z(denoise)"] == pytest.approx(first + 2 * second)
+    assert found["per token + 30 denoise"][1, 3] == pytest.approx(
+        scores["per token"][1, 3] + 30 * scores["denoise"][1, 3])
+    without = choice.rules(scores | {"error": 0 * scores["error"]})
+    assert without["weighted by error"] == pytest.approx(first + second)
 
 
 def test_candidates_are_those_of_rerank(tmp_path):
-    argv = "rerank.py --data miniature --split in --limit 1 --n 10 --scorer full --out".split()
-    subprocess.run([sys.executable, *argv, tmp_path], cwd=ROOT, check=True, capture_output=True)
-    rows = [json.loads(line) for line in (tmp_path / "candidates.jsonl").read_text().splitlines()]
-    found = findings.of_picture("0", "in", 0)
-    assert found["captions"][:10] == [row["caption"] for row in rows]
-    for name in ("clip", "pixel", "clipscore", "likelihood"):
-        theirs = [row["scores"][name] for row in rows]
-        assert found["scores"][name] == pytest.approx(theirs, abs=1e-4)
+    """Captions and scores of the studies equal rerank.py's, of the cycle and of both losses."""
+    rows = {}
+    for scorer in ("full", "both"):
+        argv = "rerank.py --data miniature --split in --limit 1 --n 10 --steps 50 --scorer".split()
+        subprocess.run([sys.executable, *argv, scorer, "--out", tmp_path / scorer], cwd=ROOT,
+                       check=True, capture_output=True)
+        lines = (tmp_path / scorer / "candidates.jsonl").read_text().splitlines()
+        rows[scorer] = [json.loads(line) for line in lines]
+    found = {"full": findings.of_picture("0", "in", 0),
+             "both": choice.of_picture("0", "in", 0, 10, 0, [])}
+    found["both"]["scores"]["per_token"] = found["both"]["scores"]["per token"]
+    compared = {"full": ("clip", "pixel", "clipscore", "likelihood"),
+                "both": ("denoise", "per_token", "likelihood", "clipscore")}
+    for scorer, names in compared.items():
+        assert found[scorer]["captions"][:10] == [row["caption"] for row in rows[scorer]]
+        for name in names:
+            theirs = [row["scores"][name] for row in rows[scorer]]
+            assert found[scorer]["scores"][name][:10] == pytest.approx(theirs, abs=1e-4), name
 
 
 def test_a_tiny_share_runs_end_to_end(tmp_path):
