@@ -189,6 +189,11 @@ class Captioner:
         said = logp.gather(2, r.targets.clamp(min=0)[..., None])[..., 0]        # (B, L)
         return said.masked_fill(r.targets < 0, 0).sum(1).cpu().double()
 
+    def tokens(self, captions):
+        """How many tokens the model says for each caption, its end included: (B,) float64."""
+        counts = [len(row) - len(self.prompt) for row in self.tokenize(captions)]
+        return torch.tensor(counts, dtype=torch.float64)
+
     # captions out
     @torch.no_grad()
     def speak(self, images, n=10, way="top-p", seed=0, items=None, length=(5, 20)):
