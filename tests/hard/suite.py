@@ -1,0 +1,156 @@
+"""All of it, or a share:  python tests/hard/suite.py [--share] [--json FILE] [PART] [WORD ...]
+
+PART is inputs, kills, together, torchrun or properties; without one, all. WORDs: rows whose names
+hold them all. --share: a seeded part of each, as `make test` runs it. All of it without words writes
+tests/hard/README.md. Exit code 1 where something fails that known.py does not name, or where
+something is well that it names.
+"""
+import argparse
+import collections
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fork
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("inputs", "kills", "together", "torchrun", "properties")
+SHARE = {"inputs": 70, "kills": 3, "together": 1, "properties": 20}       # as `rows` says
+SEED = 20
+
+
+def rows(part, place, share, words):
+    """Yields (name, how many were tried, "well" or what is wrong, detail) of a part."""
+    import inputs
+    import kills
+    import properties
+    import together
+    import trial
+    some = SHARE.get(part) if share else None
+    case = place / "case"
+    if part == "inputs":
+        known = set(names())
+        cases = [x for x in inputs.CASES if all(word in x.name for word in words)]
+        if some:                                 # of what fails today only a little is tried
+            cases = random.Random(SEED).sample(cases, 2 * some)
+            fails = [x for x in cases if x.name in known][:some // 10]
+            cases = fails + [x for x in cases if x.name not in known][:some]
+        finished = trial.prepare(place)
+        for x in cases:
+            yield x.name, 1, *trial.attempt(x, case, finished)
+    elif part == "kills":
+        kinds = ("rerank", "evaluate", "finetune") if some else [k for k in kills.RUNS if not words or k in words]
+        for name, verdict, detail in kills.trials(place, kinds, some, SEED):
+            yield name, 1, verdict, detail
+    elif part == "together":
+        for name, verdict, detail in together.pairs(case, some):
+            yield name, 1, verdict, detail
+    elif part == "torchrun" and not share:
+        for name, verdict, detail in together.torchrun(case):
+            yield name, 1, verdict, detail
+    elif part == "properties":
+        finished = trial.prepare(place, ("done", "worded", "trained"))
+        for name, tried, detail in properties.properties(finished, place / "p", some or 400, SEED):
+            yield name, tried, "broken" if detail else "well", detail
+
+
+def names():
+    """What is known to fail."""
+    from known import KNOWN
+    return KNOWN
+
+
+def run(parts, share=False, words=(), log=print):
+    """{name: [tried, verdict, detail]}: of rows of one name the worst."""
+    found = {}
+    for part in parts:
+        place = Path(tempfile.mkdtemp(prefix="parley-hard-"))
+        try:
+            for name, tried, verdict, detail in rows(part, place, share, words):
+                row = found.setdefault(name, [0, "well", ""])
+                row[0] += tried
+                if verdict != "well":
+                    row[1:] = verdict, detail
+                    log(f"{verdict:10} {name}: {detail[:300]}")
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    return found
+
+
+def against_known(found, share=False):
+    """(names that fail unknown, names that are known and well). Of a share, rows of several trials
+    may be well by chance."""
+    known = set(names())
+    new = sorted(name for name, (_, verdict, _) in found.items() if verdict != "well" and name not in known)
+    mended = sorted(name for name, (_, verdict, _) in found.items() if verdict == "well" and name in known)
+    return new, [name for name in mended if not share or name.partition(":")[0] not in ("kills", "together", "property")]
+
+
+# ---------------------------------------------------------------- what is written of it
+def table(found):
+    """Lines of a Markdown table: a row a kind."""
+    kinds = collections.defaultdict(collections.Counter)
+    for name, (tried, verdict, _) in found.items():
+        kind = name.partition(":")[0]
+        kinds[kind]["tried"] += tried
+        kinds[kind]["rows"] += 1
+        kinds[kind][verdict] += 1
+    columns = ("tried", "rows", "well", "traceback", "silent", "unnamed", "lines", "way in", "control", "lost", "other")
+    lines = ["| kind | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    total = collections.Counter()
+    for kind, counts in kinds.items():
+        counts["other"] = counts["rows"] - sum(counts[c] for c in columns[2:-1])
+        total += counts
+        lines.append(f"| {kind} | " + " | ".join(str(counts[c]) for c in columns) + " |")
+    lines.append("| all | " + " | ".join(str(total[c]) for c in columns) + " |")
+    return lines
+
+
+def write(found, seconds):
+    commit = "tests/hard/suite.py"
+    text = [
+        "# Hard use", "",
+        f"Written by `make test-hard` ({commit}, {seconds / 60:.0f} minutes). What is tried: bad inputs (inputs.py), runs that are",
+        "killed, stopped or out of disk at each of their file operations (kills.py), two runs at once and",
+        "torchrun (together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
+        *table(found), "",
+        "tried: runs; rows: cases that differ, of each the worst. well: refused in one line that names the file,",
+        "flag or value; or named, and the rest done; or taken, rightly; after a kill the same files to the last",
+        "bit. silent: accepted, and not said. way in: a file out of the set read and shown, code run, or markup in",
+        "a page. control: a control character printed or written. What fails is named in known.py:", "",
+        *(f"- {name}: {verdict}" for name, (_, verdict, _) in sorted(found.items()) if verdict != "well"), ""]
+    (HERE / "README.md").write_text("\n".join(text), encoding="utf-8")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", nargs="?", choices=PARTS)
+    p.add_argument("words", nargs="*")
+    p.add_argument("--share", action="store_true")
+    p.add_argument("--json", type=Path, help="file for {name: [tried, verdict, detail]}")
+    args = p.parse_args()
+    began = time.monotonic()
+    fork.warm()
+    parts = [args.part] if args.part else PARTS
+    found = run(parts, args.share, args.words)
+    seconds = time.monotonic() - began
+    print("\n".join(table(found)))
+    new, mended = against_known(found, args.share)
+    for name in new:
+        print(f"not in known.py: {name}")
+    for name in mended:
+        print(f"well, and still in known.py: {name}")
+    print(f"{sum(x[0] for x in found.values())} tried in {seconds:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    if not args.part and not args.share:
+        write(found, seconds)
+    return int(bool(new or mended))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""A share of the hard use: all of it is `make test-hard`. What fails today is named in known.py."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def share(part, folder):
+    """A share of a part, in a process of its own: it forks, and this one has threads."""
+    command = [sys.executable, str(HERE / "suite.py"), part, "--share", "--json", str(folder / "found.json")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (folder / "found.json").exists(), ran.stderr[-2000:]
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("part,least", [("inputs", 60), ("kills", 5), ("together", 1), ("properties", 20)])
+def test_nothing_lost_nothing_silently_wrong_nobody_let_in(part, least, tmp_path):
+    found = share(part, tmp_path)
+    assert sum(tried for tried, *_ in found.values()) >= least
+
+
+def test_the_table_is_told_apart():
+    """Each case has a name of its own; what is known to fail, and what README.md counts, are cases."""
+    sys.path.insert(0, str(HERE))
+    import inputs
+    import known
+    names = [case.name for case in inputs.CASES]
+    assert len(names) == len(set(names)) >= 200
+    kinds = {name.partition(":")[0] for name in names}
+    stale = {name for name in known.KNOWN if name.partition(":")[0] in kinds} - set(names)
+    assert not stale
