@@ -1,8 +1,8 @@
-"""All of it, or a share:  python tests/hard/suite.py [--share] [--json FILE] [PART] [WORD ...]
+"""All of it, or a share:  python tests/hard/suite.py [--share] [--shrink] [PART] [WORD ...]
 
-PART is inputs, kills, together, torchrun or properties; without one, all. WORDs: rows whose names
-hold them all. --share: a seeded part of each, as `make test` runs it. All of it without words writes
-tests/hard/README.md. Exit code 1 where something fails that known.py does not name, or where
+PART is of PARTS, or some with commas; without one, all. WORDs: inputs whose names hold them all, kinds
+of kills. --share: a seeded part of each, as `make test` runs it. --shrink: known.txt loses what is well. All of it without words writes
+tests/hard/README.md. Exit code 1 where something fails that known.txt does not name, or where
 something is well that it names.
 """
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import fork
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("inputs", "kills", "together", "torchrun", "properties")
+PARTS = ("inputs", "kills", "together", "torchrun", "long", "properties")
 SHARE = {"inputs": 70, "kills": 3, "together": 1, "properties": 20}       # as `rows` says
 SEED = 20
 
@@ -33,7 +33,7 @@ def rows(part, place, share, words):
     some = SHARE.get(part) if share else None
     case = place / "case"
     if part == "inputs":
-        known = set(names())
+        known = known_rows()
         cases = [x for x in inputs.CASES if all(word in x.name for word in words)]
         if some:                                 # of what fails today only a little is tried
             cases = random.Random(SEED).sample(cases, 2 * some)
@@ -49,8 +49,8 @@ def rows(part, place, share, words):
     elif part == "together":
         for name, verdict, detail in together.pairs(case, some):
             yield name, 1, verdict, detail
-    elif part == "torchrun" and not share:
-        for name, verdict, detail in together.torchrun(case):
+    elif part in ("torchrun", "long") and not share:
+        for name, verdict, detail in getattr(together, part)(case):
             yield name, 1, verdict, detail
     elif part == "properties":
         finished = trial.prepare(place, ("done", "worded", "trained"))
@@ -58,10 +58,9 @@ def rows(part, place, share, words):
             yield name, tried, "broken" if detail else "well", detail
 
 
-def names():
-    """What is known to fail."""
-    from known import KNOWN
-    return KNOWN
+def known_rows():
+    """The rows that are known to fail: a name a line."""
+    return set((HERE / "known.txt").read_text(encoding="utf-8").splitlines())
 
 
 def run(parts, share=False, words=(), log=print):
@@ -84,7 +83,7 @@ def run(parts, share=False, words=(), log=print):
 def against_known(found, share=False):
     """(names that fail unknown, names that are known and well). Of a share, rows of several trials
     may be well by chance."""
-    known = set(names())
+    known = known_rows()
     new = sorted(name for name, (_, verdict, _) in found.items() if verdict != "well" and name not in known)
     mended = sorted(name for name, (_, verdict, _) in found.items() if verdict == "well" and name in known)
     return new, [name for name in mended if not share or name.partition(":")[0] not in ("kills", "together", "property")]
@@ -121,29 +120,34 @@ def write(found, seconds):
         "tried: runs; rows: cases that differ, of each the worst. well: refused in one line that names the file,",
         "flag or value; or named, and the rest done; or taken, rightly; after a kill the same files to the last",
         "bit. silent: accepted, and not said. way in: a file out of the set read and shown, code run, or markup in",
-        "a page. control: a control character printed or written. What fails is named in known.py:", "",
+        "a page. control: a control character printed or written. What fails is named in known.txt:", "",
         *(f"- {name}: {verdict}" for name, (_, verdict, _) in sorted(found.items()) if verdict != "well"), ""]
     (HERE / "README.md").write_text("\n".join(text), encoding="utf-8")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", nargs="?", choices=PARTS)
+    p.add_argument("part", nargs="?", help=f"some of {','.join(PARTS)}, with commas")
     p.add_argument("words", nargs="*")
     p.add_argument("--share", action="store_true")
+    p.add_argument("--shrink", action="store_true", help="take out of known.txt what is well")
     p.add_argument("--json", type=Path, help="file for {name: [tried, verdict, detail]}")
     args = p.parse_args()
     began = time.monotonic()
     fork.warm()
-    parts = [args.part] if args.part else PARTS
+    parts = args.part.split(",") if args.part else PARTS
     found = run(parts, args.share, args.words)
     seconds = time.monotonic() - began
     print("\n".join(table(found)))
     new, mended = against_known(found, args.share)
+    if args.shrink:
+        left = sorted(known_rows() - set(mended))
+        (HERE / "known.txt").write_text("".join(f"{name}\n" for name in left), encoding="utf-8")
+        mended = []
     for name in new:
-        print(f"not in known.py: {name}")
+        print(f"not in known.txt: {name}")
     for name in mended:
-        print(f"well, and still in known.py: {name}")
+        print(f"well, and still in known.txt: {name}")
     print(f"{sum(x[0] for x in found.values())} tried in {seconds:.0f} s")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))

@@ -4,6 +4,7 @@ Two runs meet at their first, fourth and ninth file operation: each waits there 
 they leave, once those that were refused are started again, must be what they leave one after the
 other. The runs of torchrun are processes of their own, one of which is killed in the middle.
 """
+import contextlib
 import itertools
 import os
 import shutil
@@ -195,3 +196,27 @@ def of_one_voice(folder):
         rc = rc or ended(spread("evaluate", folder))
         yield f"torchrun: evaluate on a finished folder, {i}", "well" if rc == 0 else "stuck", f"rc {rc}"
 
+
+# ---------------------------------------------------------------- long runs
+LONG = {"2,000 steps": "finetune --steps 2000 --batch 1 --losses tg --every 500",
+        "1,000 items": "rerank --limit 1000 --steps 0"}
+
+
+def long(folder):
+    """Yields (row, verdict, detail): memory in the last tenth of a run against the second, and the
+    most open files of both."""
+    for name, argv in LONG.items():
+        fresh(folder)
+        pid = fork.start(*trial.command(argv), folder, folder.parent / "long", seconds=3000)
+        samples = []
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            with contextlib.suppress(OSError, ValueError):
+                pages = int(open(f"/proc/{pid}/statm").read().split()[1])
+                samples.append((pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd"))))
+            time.sleep(.05)
+        rc, _ = fork.wait(pid)
+        tenth = max(len(samples) // 10, 1)
+        early, late = samples[tenth:2 * tenth], samples[-tenth:]
+        (a, files), (b, more) = [(sum(m for m, _ in some) / len(some), max(n for _, n in some)) for some in (early, late)]
+        good = rc == 0 and b < 1.05 * a and more <= files
+        yield f"long: {name}", "well" if good else "grows", f"rc {rc}: {a:.0f} MiB, then {b:.0f}; {files} open files, then {more}"
