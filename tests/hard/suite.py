@@ -25,7 +25,7 @@ SEED = 20
 
 def rows(part, place, share, words):
     """Yields (name, how many were tried, "well" or what is wrong, detail) of a part."""
-    import inputs
+    import bad_inputs
     import kills
     import properties
     import together
@@ -34,7 +34,7 @@ def rows(part, place, share, words):
     case = place / "case"
     if part == "inputs":
         known = known_rows()
-        cases = [x for x in inputs.CASES if all(word in x.name for word in words)]
+        cases = [x for x in bad_inputs.CASES if all(word in x.name for word in words)]
         if some:                                 # of what fails today only a little is tried
             cases = random.Random(SEED).sample(cases, 2 * some)
             fails = [x for x in cases if x.name in known][:some // 10]
@@ -113,7 +113,7 @@ def write(found, seconds):
     commit = "tests/hard/suite.py"
     text = [
         "# Hard use", "",
-        f"Written by `make test-hard` ({commit}, {seconds / 60:.0f} minutes). What is tried: bad inputs (inputs.py), runs that are",
+        f"Written by `make test-hard` ({commit}, {seconds / 60:.0f} minutes). What is tried: bad inputs (bad_inputs.py), runs that are",
         "killed, stopped or out of disk at each of their file operations (kills.py), two runs at once and",
         "torchrun (together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
         *table(found), "",

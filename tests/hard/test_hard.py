@@ -27,9 +27,9 @@ def test_nothing_lost_nothing_silently_wrong_nobody_let_in(part, least, tmp_path
 def test_the_table_is_told_apart():
     """Each case has a name of its own; what is known to fail, and what README.md counts, are cases."""
     sys.path.insert(0, str(HERE))
-    import inputs
+    import bad_inputs
     import suite
-    names = [case.name for case in inputs.CASES]
+    names = [case.name for case in bad_inputs.CASES]
     assert len(names) == len(set(names)) >= 200
     kinds = {name.partition(":")[0] for name in names}
     stale = {name for name in suite.known_rows() if name.partition(":")[0] in kinds} - set(names)
