@@ -9,10 +9,10 @@ import itertools
 import json
 import os
 
-from make import (DROP, PAYLOAD, TEXTS, all_nan, blip, changed, copy, cut, draws, each, edit, fifo, flipped, folder, gone, head,
+from make import (DROP, PAYLOAD, TEXT, TEXTS, all_nan, blip, changed, copy, cut, draws, each, edit, fifo, flipped, folder, gone, head,
                   imagefolder, karpathy, link, long_header, nocaps, noise, pickled, picture, pictures, scene, secret, speaks,
                   tensors, without)
-from trial import (Case, closed, either, exactly, exhausted, met, no_programs, no_work, plain_files, plain_page, refused,
+from trial import (Case, closed, either, exactly, exhausted, met, no_formula, no_programs, no_work, plain_files, plain_page, refused,
                    same_steps, skipped, taken, unchanged)
 
 CASES = []
@@ -68,7 +68,7 @@ evaluate --glove nothing.txt
 evaluate --inception nothing.pth a.png
 evaluate --judges nonsense
 evaluate --ckpt nothing
-evaluate --findings nothing
+score --findings nothing
 evaluate --out a.png
 finetune --steps 0 -1 x
 finetune --batch 0 -1 1000000
@@ -109,7 +109,7 @@ for value in ("0", "-1", "nan", "inf", "x"):
 for value in ("-1", "nan"):
     case("flags", f"rerank --margin {value}", f"rerank a.png --pairs trl --margin {value}", refused("--margin"))
 for value in ("0", "-1", "x"):
-    case("flags", f"label-free --draws {value}", f"evaluate --labelfree --images set --captions c.json --draws {value}", refused("--draws"),
+    case("flags", f"label-free --draws {value}", f"score --labelfree --images set --captions c.json --draws {value}", refused("--draws"),
          {"c.json": {"0": "a ring"}})
 for script in ("rerank", "finetune", "evaluate", "data.py", "bridge.py"):
     case("flags", f"{script}: an unknown flag", [script, "--nonsense"], refused("--help"))
@@ -118,23 +118,28 @@ for script in ("rerank", "finetune", "evaluate", "data.py", "bridge.py"):
 # ---------------------------------------------------------------- flags that do nothing here
 MODES = """
 rerank a.png --decoder tiny
-rerank a.png --draws 3 --scorer full
+cycle a.png --draws 3
 rerank a.png --margin .1
 rerank a.png --turn text
 rerank a.png --split val
 rerank 'a red ring' --way beam
 rerank 'a red ring' --pairs trl
 rerank a.png --pairs diffusion
-evaluate --findings o --score c.json --refs r.json
-evaluate --labelfree --images set --captions c.json --score c.json --refs r.json
+score --findings o --score c.json --refs r.json
+score --labelfree --images set --captions c.json --score c.json --refs r.json
 evaluate --refs r.json
-evaluate --score c.json
 evaluate --images set
 evaluate --captions c.json
-evaluate --labelfree --images set
 evaluate --draws 3
-evaluate --only captions --score c.json --refs r.json
-evaluate --ckpt o --score c.json --refs r.json
+score --only captions --score c.json --refs r.json
+score --ckpt o --score c.json --refs r.json
+score --compare c.json c.json
+score --score c.json
+score --labelfree --images set
+given --captions w.json --way beam
+given --captions w.json --n 3
+given --captions w.json --images w.json
+given --captions w.json a.png
 finetune --decoder tiny --losses tg
 finetune --thin 2 --losses tg
 finetune --own set --losses tg
@@ -142,10 +147,10 @@ finetune --side 64
 finetune --weights 1 1 --losses tg
 """
 for line in MODES.strip().splitlines():
-    flag = {"evaluate --findings": "--score"}.get(" ".join(line.split()[:2]), None)
+    flag = {"score --findings": "--score"}.get(" ".join(line.split()[:2]), None)
     flag = flag or next(word for word in line.split() if word.startswith("--"))
-    case("modes", line, line, refused(flag, then=no_work), {"c.json": {"0": "a ring"}, "r.json": {"0": ["a ring"]}})
-case("modes", "rerank --steps 0 --scorer full", "rerank a.png --steps 0 --scorer full", refused("--steps", then=no_work))
+    case("modes", line, line, refused(flag, then=no_work), {"c.json": {"0": "a ring"}, "r.json": {"0": ["a ring"]}, "w.json": {"a.png": ["a ring", "a wall"]}})
+case("modes", "rerank --steps 0 --scorer full", "cycle a.png --steps 0", refused("--steps", then=no_work))
 case("modes", "rerank --by clip before the work", "rerank a.png --by clip", refused("--by clip", then=no_work))
 case("modes", "rerank pictures and sentences", ["rerank", "a.png", "a red ring"], refused("a.png", then=no_work))
 case("modes", "rerank a missing folder", "rerank holiday/", refused("holiday/"))
@@ -166,21 +171,27 @@ SHAPES = [
         "annotations 0 caption": [DROP, None, 7], "images": [DROP, None, 7], "images 0": [None], "images 0 id": [DROP, []],
         "images 0 file_name": [DROP, None, 7]}),
     (NOCAPS, "rerank --data set --split in", nocaps, {"images 0 domain": [DROP, []]}),
-    (META, "rerank --data set", imagefolder, {
+    (META, "rerank --data set --split all", imagefolder, {
         "0": [[], 7, None], "0 file_name": [DROP, 7, [], None], "0 text": [DROP, 7, None, [7], {}]}),
-    ("c.json", "evaluate --score c.json --refs r.json", [{"image_id": 1, "caption": "a ring"}], {
+    ("c.json", "score --score c.json --refs r.json", [{"image_id": 1, "caption": "a ring"}], {
         "": [None, 7, "x", [], {}], "0": [None, 7, "x", []], "0 image_id": [DROP, [], None], "0 caption": [DROP, None, 7, [], [7]]}),
-    ("r.json", "evaluate --score c.json --refs r.json", {"images": [], "annotations": [{"image_id": 1, "caption": "a ring"}]}, {
+    ("r.json", "score --score c.json --refs r.json", {"images": [], "annotations": [{"image_id": 1, "caption": "a ring"}]}, {
         "annotations": [None, 7, "x", {}], "images": [None, 7, [None], [{}]], "annotations 0 caption": [None, 7, {}]}),
-    ("r.json", "evaluate --score c.json --refs r.json", {"images": [{"cocoid": 1, "sentences": [{"raw": "a ring"}]}]}, {
+    ("r.json", "score --score c.json --refs r.json", {"images": [{"cocoid": 1, "sentences": [{"raw": "a ring"}]}]}, {
         "images 0 sentences": [DROP, None, 7, [], [7]], "images 0 sentences 0 raw": [DROP, None, 7], "images 0 cocoid": [[], {}]}),
-    ("r.json", "evaluate --score c.json --refs r.json", {"1": ["a ring"]}, {"1": [None, 7, [], [None], [[]], {"a": 1}]}),
+    ("r.json", "score --score c.json --refs r.json", {"1": ["a ring"]}, {"1": [None, 7, [], [None], [[]], {"a": 1}]}),
+    ("w.json", "given --captions w.json", {"a.png": ["a ring", "a wall"]}, {"": [[], None, 7, "x", {}], "a.png": [None, 7, [7], [None], [[]], {"b": 1}]}),
+    ("w.jsonl", "given --captions w.jsonl", '{"image": "a.png", "captions": ["a ring", "a wall"]}\n', {
+        "0": [None, 7, []], "0 image": [DROP, None, [], {}], "0 captions": [DROP, None, 7, [7], [None], {}]}),
+    ("v.json", "given --images v.json", {"ring": ["a.png", "b.png"]}, {"": [[], None, 7, {}], "ring": [None, 7, [7], [None], ["nothing.png"], {}]}),
     ("s.json", "rerank s.json", ["a red ring"], {"": [{}, None, 7, "x", [7], [None], [["x"]], []]}),
     (ROWS, "rerank a.png b.png", "done", {
         "0 item": [DROP, None, 7, []], "0 candidate": [DROP, "x", [], -1, 10], "0 caption": [DROP, None, 7],
         "0 picture": [DROP, 7, []], "0 scores": [DROP, None, [], {"both": "x"}, {}], "0 scores both": ["high", [], True],
         "0 direction": [DROP, "x", 7], "0": [None, 7, []]}),
     (OLD, "rerank a.png b.png", "done", {"": [[], None, "x", {}], "seed": [DROP, [], 0], "captioner": [None, {"a": 1}]}),
+    ("o/best.json", "rerank a.png b.png", "done", {"": [[], None, "x", {"a.png": None}, {"a.png": {"by": 7}}]}),
+    ("o/winners/metadata.jsonl", "rerank a.png b.png", "done", {"0": [None, 7, []], "0 file_name": [DROP, 7, None, []]}),
     ("o/revisions.json", "rerank a.png b.png set/3.png", "done", {"": [[], None, "x"], "x": [7, "y"]}),
     ("o/words.jsonl", "rerank a.png b.png --words", "worded", {
         "0 item": [DROP, []], "0 words": [DROP, "x", 7, [[1]], [["a", "b", "c"]]], "0 caption": [DROP, []]}),
@@ -223,11 +234,11 @@ for name, argv, start, keys in SHAPES:
 
 # ---------------------------------------------------------------- text in other encodings, and too much of it
 READ = [("s.txt", "rerank s.txt", {"s.txt": "a red ring\n"}), ("s.json", "rerank s.json", {"s.json": '["a red ring"]'}),
-        (COCO, "rerank --data set", {"set": karpathy}), (META, "rerank --data set", {"set": imagefolder}),
-        ("c.json", "evaluate --score c.json --refs r.json", {"c.json": '{"0": "a ring"}', "r.json": '{"0": ["a ring"]}'}),
-        ("r.json", "evaluate --score c.json --refs r.json", {"c.json": '{"0": "a ring"}', "r.json": '{"0": ["a ring"]}'}),
+        (COCO, "rerank --data set", {"set": karpathy}), (META, "rerank --data set --split all", {"set": imagefolder}),
+        ("c.json", "score --score c.json --refs r.json", {"c.json": '{"0": "a ring"}', "r.json": '{"0": ["a ring"]}'}),
+        ("r.json", "score --score c.json --refs r.json", {"c.json": '{"0": "a ring"}', "r.json": '{"0": ["a ring"]}'}),
         (ROWS, "rerank a.png b.png", {"o": "done"}), (OLD, "rerank a.png b.png", {"o": "done"}),
-        ("v.txt", "evaluate --score c.json --refs r.json --glove v.txt",
+        ("v.txt", "score --score c.json --refs r.json --glove v.txt",
          {"c.json": '{"0": "a ring"}', "r.json": '{"0": ["a ring"]}', "v.txt": "ring 1.0 2.0\n"})]
 for (name, argv, files), (kind, change) in itertools.product(READ, TEXTS.items()):
     def write(path, change=change):
@@ -236,6 +247,11 @@ for (name, argv, files), (kind, change) in itertools.product(READ, TEXTS.items()
     expected = either if name == "v.txt" else refused
     slow = {"options": {"seconds": 10}} if "10 MB" in kind else {}
     case("texts", f"{name} {kind}", argv, (met if fine else expected)(name), after(files, name, write), **slow)
+for name, text in {"without a column": "file_name\n0.png\n", "with a wide row": "file_name,text\n0.png,a,b,c\n", "with a short row": "file_name,text\n0.png\n",
+                   "with an open quote": 'file_name,text\n0.png,"a ring\n1.png,a wall\n', "of a picture that is not there": "file_name,text\n9.png,a ring\n", "of no rows": "file_name,text\n"}.items():
+    case("texts", f"metadata.csv {name}", "rerank --data set --split all", either("metadata.csv"), {"set": pictures, "set/metadata.csv": text})
+for kind, change in TEXTS.items():
+    case("texts", f"a .txt beside a picture {kind}", "rerank --data set --split all", (met if kind in ("empty", "with a BOM") or "000" in kind else refused)("0.txt"), {"set": pictures, "set/0.txt": change("a red ring")}, options={"seconds": 10})
 case("texts", "a lone surrogate in a caption", "rerank --data set --turn text", met(COCO), {"set": karpathy, COCO: edit("images", 0, "sentences", 0, "raw", "a \ud800 ring")})
 case("texts", "a lone surrogate in a sentence", "rerank s.json", met("s.json"), {"s.json": '["a \\ud800 ring"]'})
 case("texts", "a lone surrogate in a candidate", "rerank a.png b.png", met(ROWS), {"o": "done", ROWS: edit(0, "caption", "\udc80")})
@@ -278,7 +294,7 @@ case("pictures", "a bad one of a set, evaluate", "evaluate --data set", skipped(
 case("pictures", "all bad of a set, evaluate", "evaluate --data set", refused("set|pictures", lines=3), {"set": karpathy, "set/0.png": b"", "set/1.png": b""})
 case("pictures", "a bad one, finetune", "finetune --data set", skipped("3.png"), {"set": karpathy, "set/3.png": b""})
 case("pictures", "all bad, finetune", "finetune --data set", refused("set", lines=5), {"set": karpathy} | {f"set/{i}.png": b"" for i in range(4)})
-case("pictures", "a bad one, label-free", "evaluate --labelfree --images set --captions c.json", skipped("0.png"), {"set": pictures, "set/0.png": noise(), "c.json": {"0.png": "a", "1.png": "a ring"}})
+case("pictures", "a bad one, label-free", "score --labelfree --images set --captions c.json", skipped("0.png"), {"set": pictures, "set/0.png": noise(), "c.json": {"0.png": "a", "1.png": "a ring"}})
 
 # ---------------------------------------------------------------- paths out of the set, out of the folder
 OUT = {"..": "../secret.png", "absolute": "/tmp/parley-secret.png", "file://": "file:///tmp/parley-secret.png", "a link": "link.png", "https": "https://example.org/secret.png"}
@@ -296,9 +312,15 @@ case("paths", "--anywhere", "rerank --data set --anywhere", taken(), {"other.png
 for kind, place in OUT.items():
     more = {"secret.png": secret, "x": absolute, "o": "done", "o/link.png": link("../secret.png")}
     case("paths", f"candidate's picture {kind}", "rerank a.png b.png", either("secret.png|link.png"), more | {ROWS: edit(0, "picture", place)})
-    case("paths", f"candidate's picture {kind}, findings", "evaluate --data set --findings o", either(ROWS + "|secret.png|link.png"), more | {"o": "turned", ROWS: edit(0, "picture", place)})
+    case("paths", f"candidate's picture {kind}, findings", "score --findings o", either(ROWS + "|secret.png|link.png"), more | {"o": "turned", ROWS: edit(0, "picture", place)})
     case("paths", f"drawn picture {kind}, evaluate", "evaluate --data set", either("secret.png|link.png"), {"secret.png": secret, "x": absolute, "o": "scored", "o/link.png": link("../secret.png"), "o/images-0.jsonl": edit(0, "picture", place)})
 case("paths", "candidate's input, words", "rerank a.png b.png --words", met("secret.png"), {"secret.png": secret, "o": "done", ROWS: (edit(0, "input", "../secret.png"), edit(1, "input", "../secret.png"))})
+case("paths", "candidate's input, a text file", "rerank a.png b.png", met("secret.txt"), {"secret.txt": TEXT, "o": "done", ROWS: (edit(0, "input", "../secret.txt"), edit(1, "input", "../secret.txt"))})
+case("paths", "candidate's input, pairs", "rerank a.png b.png --pairs trl", met("secret.png"), {"secret.png": secret, "o": "done", ROWS: (edit(0, "input", "../secret.png"), edit(1, "input", "../secret.png"))})
+case("paths", "winners of an earlier run", "rerank a.png b.png", met("winners", then=unchanged("keep.txt", "mine")), {"keep.txt": "mine", "o": "done", "o/winners/metadata.jsonl": '{"file_name": "../../keep.txt", "text": "x"}\n'})
+for kind, place in OUT.items():
+    case("paths", f"given captions, {kind}", "given --captions in/w.json", either("secret.png|link.png"), {"secret.png": secret, "x": absolute, "in/link.png": link("../secret.png"), "in/w.json": {place: ["a ring", "a wall"]}})
+    case("paths", f"given pictures, {kind}", "given --images in/v.json", either("secret.png|link.png"), {"secret.png": secret, "x": absolute, "in/link.png": link("../secret.png"), "in/v.json": {"a ring": [place, place]}})
 case("paths", "a part of a pipeline ..", "rerank a.png --generator g", refused("'g'|g/"), {"g": copy("miniature/sd"), "g/model_index.json": edit("../unet", ["diffusers", "UNet2DConditionModel"])})
 case("paths", "shards out of the folder", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/model.safetensors.index.json": {"metadata": {}, "weight_map": {"x": "../../x.safetensors"}}})
 
@@ -317,7 +339,9 @@ case("control", "a name that is no UTF-8", ["rerank", os.fsdecode(b"\xff.png"), 
 case("control", "a name with a new line", ["rerank", "a\nb.png"], met("b.png", then=plain_page), {"a\nb.png": scene(1)})
 case("control", "the splits of a set", "rerank --data set --split val2", refused(COCO), {"set": karpathy, COCO: edit("images", 0, "split", ESC)})
 case("control", "a domain", "evaluate --data set --limit 4", met(NOCAPS), {"set": nocaps, NOCAPS: edit("images", 0, "domain", ESC)})
-case("control", "a key of metadata.jsonl", "rerank --data set", refused(META), {"set": imagefolder, META: edit(0, {ESC: 1})})
+case("control", "a key of metadata.jsonl", "rerank --data set --split all", refused(META), {"set": imagefolder, META: edit(0, {ESC: 1})})
+case("control", "a formula as a caption", "given --captions w.json", taken(then=no_formula), {"w.json": {"a.png": [sign + "HYPERLINK(1)" for sign in ("=", "+", "-", "@", "\t=", " =")]}})
+case("control", "a formula as a name", ["rerank", "=1+1.png"], taken(then=no_formula), {"=1+1.png": scene(1)})
 case("control", "a candidate's caption", "rerank a.png b.png", taken(then=plain_page), {"o": "done", ROWS: edit(0, "caption", ESC)})
 case("control", "a candidate's score", "rerank a.png b.png", met(ROWS, then=plain_page), {"o": "done", ROWS: (edit(0, "scores", ESC, 1.0), edit(1, "scores", ESC, 1.0))})
 case("control", "a candidate's word", "rerank a.png b.png --words", met("words.jsonl", then=plain_page), {"o": "worded", "o/words.jsonl": edit(0, "words", [[ESC, 1.0, 1.0]])})
@@ -327,8 +351,8 @@ case("control", "a checkpoint's data", "finetune --data set --steps 4 --resume",
 case("control", "a tensor's name", "rerank a.png --ckpt o/checkpoint.safetensors --out p", refused(O), {"o": "trained", CKPT: tensors(lambda found: {"captioner." + ESC: found.popitem()[1]})})
 case("control", "a model's type", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/config.json": edit("model_type", ESC)})
 case("control", "a part of a pipeline", "rerank a.png --generator g", refused("'g'|g/"), {"g": copy("miniature/sd"), "g/model_index.json": edit("unet", ["diffusers", ESC])})
-case("control", "an image of --score", "evaluate --score c.json --refs r.json", refused("c.json"), {"c.json": {ESC: "a ring"}, "r.json": {"1": ["a ring"]}})
-case("control", "a caption, label-free", "evaluate --labelfree --images set --captions c.json", taken(then=plain_files), {"set": pictures, "c.json": {"0.png": ESC}})
+case("control", "an image of --score", "score --score c.json --refs r.json", refused("c.json"), {"c.json": {ESC: "a ring"}, "r.json": {"1": ["a ring"]}})
+case("control", "a caption, label-free", "score --labelfree --images set --captions c.json", taken(then=plain_files), {"set": pictures, "c.json": {"0.png": ESC}})
 case("control", "what a model raises", "rerank a.png --generator m.py:load", refused("m.py"), {"m.py": f"def load(*a):\n    raise ValueError({ESC!r})"})
 case("control", "what a model says", MPY, taken(then=plain_page), {"m.py": speaks(f"return [[{ESC!r}] * n for _ in images], torch.zeros(b, n)")})
 for flag in ("--captioner", "--generator", "--data", "--by", "--way", "--ckpt", "--judges", "--device", "--dtype", "--split", "--glove", "--likeness", "--scorer"):
@@ -392,7 +416,7 @@ for kind, text in LOADS.items():
     case("functions", f"a file that {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load" if "file" not in kind else "m.py"), {"m.py": text})
     case("functions", f"a file that {kind}, as captioner", MPY, refused("m.py"), {"m.py": text})
 for kind, body in DRAWS.items():
-    case("functions", f"draw {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load", "draw"), {"m.py": draws(body)})
+    case("functions", f"draw {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load", "draw") if kind != "gives nan" else either("no numbers"), {"m.py": draws(body)})
 for kind, body in SPEAKS.items():
     case("functions", f"speak {kind}", MPY, refused("m.py:load", "speak", lines=3), {"m.py": speaks(body)})
 case("functions", "draw gives too few, evaluate", "evaluate --data set --generator m.py:load", refused("m.py:load", "draw"), {"m.py": draws(DRAWS["gives too few"])})

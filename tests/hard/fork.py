@@ -9,6 +9,7 @@ has a bound on memory and on processor time, and nothing that it does to the mod
 """
 import atexit
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 sys.dont_write_bytecode = True
+SCRIPTS = {"script", "rerank", "finetune", "evaluate"}             # each fork imports these itself
 MEMORY = 2 ** 31                                 # bytes that a run may ask for beyond what is here
 SECONDS = 12                                     # of the processor
 BAR = re.compile(r"[^|\r\n]*?\d+%\|[^|]*\|[^\[]*\[[^\]]*\]")  # tqdm's
@@ -59,14 +61,9 @@ def warm():
     import torch.distributed
     import transformers
     import transformers.generation.logits_process  # noqa: F401
-
-    import captioners
-    import checkpoints  # noqa: F401
-    import generators
-    import judges
-    import loading
-    import tables  # noqa: F401
-    from miniature import world  # noqa: F401
+    rooms = sorted({path.stem for path in ROOT.glob("*.py")} - SCRIPTS)
+    rooms = {name: importlib.import_module(name) for name in [*rooms, "miniature.world"]}
+    captioners, generators, loading = (rooms[x] for x in ("captioners", "generators", "loading"))
 
     torch.set_num_threads(1)
     loading.tune_process("miniature")
@@ -75,7 +72,7 @@ def warm():
     keep(captioners.Captioner, "load", loading.device_and_dtype)
     keep(generators.Generator, "load", loading.device_and_dtype)
     for name, kind in (("clip", "image"), ("clip", "text"), ("dino", "image"), ("sbert", "text")):
-        keep_judge(judges, name, kind)
+        keep_judge(rooms["judges"], name, kind)
 
 
 def keep(kind, name, check):
@@ -83,8 +80,8 @@ def keep(kind, name, check):
     load, kept = getattr(kind, name), getattr(kind, name)("miniature", "cpu")
 
     def again(cls, name="miniature", device=None, dtype=None):
-        plain = name == "miniature" and device in (None, "cpu") and dtype in (None, "float32")
-        if not plain:
+        usual = str(device) in ("None", "cpu") and str(dtype) in ("None", "float32", "torch.float32")
+        if name != "miniature" or not usual:
             return load(name, device, dtype)
         check(device, dtype)
         return kept
@@ -113,6 +110,7 @@ def start(script, argv, folder, log, hook=None, ascii=False, memory=MEMORY, seco
     code = 70                                    # of this file's own faults
     try:
         atexit._clear()                          # what the parent would do at its own end
+        sys.modules["torch"].set_num_threads(1)  # makes the pool of threads that a fork loses
         os.setsid()
         os.chdir(folder)
         bound(memory, seconds)

@@ -27,7 +27,8 @@ import trial
 from safetensors import SafetensorError, safe_open
 
 PICTURES = "rerank a.png b.png"
-RUNS = {"rerank": PICTURES, "full": f"{PICTURES} --scorer full", "words": f"{PICTURES} --steps 0 --words",
+RUNS = {"rerank": PICTURES, "full": "cycle a.png b.png", "words": f"{PICTURES} --steps 0 --words",
+        "given": "given --captions w.json",
         "pairs": f"{PICTURES} --steps 0 --pairs trl",
         "sentences": ["rerank", "a red ring", "a blue ring", "--pairs", "diffusion"],
         "evaluate": "evaluate --data set",
@@ -201,7 +202,7 @@ def difference(whole, found):
 def fresh(kind, folder, finished):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    make.build(folder, trial.GIVEN)
+    make.build(folder, trial.GIVEN | {"w.json": {"a.png": ["a ring", "a wall"], "b.png": ["a ring"]}})
     if kind == "export":
         finished["trained"](folder / "o")
 

@@ -19,6 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "miniature/data"
 SECRET = (255, 0, 254)                           # the colour of what nobody may see
+TEXT = "nobody may read this\n"
 DROP = ...                                       # in place of a value: the key is taken out
 # what a pickle does that is loaded without care
 PAYLOAD = b"cposix\nsystem\n(S'touch owned'\ntR."
@@ -121,7 +122,7 @@ TEXTS = {
 # ---------------------------------------------------------------- pictures
 def scene(number, split="test"):
     """A picture of the miniature world."""
-    return lambda path: shutil.copyfile(WORLD / split / f"{number:04d}.png", path)
+    return lambda path: shutil.copy2(WORLD / split / f"{number:04d}.png", path)
 
 
 def picture(kind="PNG", mode="RGB", size=(32, 32), colour=(200, 60, 60), **options):

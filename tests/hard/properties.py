@@ -7,6 +7,7 @@ ValueError alone, with the file's name. The tokenizer of captions gives words, i
 with the text; CIDEr is what its definition says; the bridge loses no mass, and takes a captioner
 that is certain to the generator's own prompt.
 """
+# ruff: noqa: I001
 import contextlib
 import copy
 import io
@@ -23,6 +24,7 @@ ODD = ["", " ", "\0", "\ud800", "\x1b[2J", "..", "/etc/passwd", "\u202e", "a" * 
 VALUES = [None, True, -1, 0, 1.5, 10 ** 30, float("nan"), [], {}, [None], [[]], {"a": None}, *ODD]
 # what repeats itself where a pattern may go back and forth
 SLOW = ["a", "a.", "a'", "'", "n't", "a-", "1,", ".", "@a", "a@a.", "http://", "((", "a n't", "\u4e2d", "y'"]
+DROPPED = "'' ' ` `` . ? ! , : - -- ... ;".split()
 LONG = "more than five seconds"
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "DDS", "SPIDER", "BLP", "ICO", "TGA", "AVIF", "PCX", "SGI", "IM")
 
@@ -63,18 +65,19 @@ def scratched(text, dice):
 
 def readers(finished, folder):
     """{name: (file, f())}: f reads the file, which is there."""
+    import annotations
     import best_of_n
     import checkpoints
     import data
     import loading
-    import rerank
-    import tables
+    import inputs
     make.build(folder, {"coco": make.karpathy, "blip": make.blip, "nocaps": make.nocaps, "plain": make.imagefolder})
     for name, copied in finished.items():
         copied(folder / name)
     make.build(folder, {"captions.json": [{"image_id": 1, "caption": "a ring"}, {"image_id": 2, "caption": "a wall"}],
                         "refs.json": {"images": [{"id": 1, "domain": "x"}], "annotations": [{"image_id": 1, "caption": "a ring"}]},
-                        "sentences.json": ["a ring", "a wall"], "revisions.json": {"a/b": ["1"]}})
+                        "sentences.json": ["a ring", "a wall"], "revisions.json": {"a/b": ["1"]},
+                        "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.jsonl": '{"prompt": "a ring", "images": ["coco/0.png"]}\n'})
     loading.REVISIONS["a/b"] = "2"
 
     def ranked():
@@ -84,9 +87,11 @@ def readers(finished, folder):
             "BLIP's file": (folder / "blip/coco_karpathy_test.json", lambda: data.read(folder / "blip", "test")),
             "NoCaps' file": (folder / "nocaps/nocaps_val_4500_captions.json", lambda: data.read(folder / "nocaps", "in")),
             "metadata.jsonl": (folder / "plain/metadata.jsonl", lambda: data.read(folder / "plain")),
-            "captions": (folder / "captions.json", lambda: tables.captions_in(folder / "captions.json")),
-            "references": (folder / "refs.json", lambda: tables.captions_in(folder / "refs.json")),
-            "sentences": (folder / "sentences.json", lambda: rerank.sentences_in(str(folder / "sentences.json"), ".json")),
+            "captions": (folder / "captions.json", lambda: annotations.captions_in(folder / "captions.json")),
+            "references": (folder / "refs.json", lambda: annotations.captions_in(folder / "refs.json")),
+            "sentences": (folder / "sentences.json", lambda: inputs.sentences_in(str(folder / "sentences.json"))),
+            "given captions": (folder / "given.json", lambda: inputs.given_captions(folder / "given.json")),
+            "given pictures": (folder / "shown.jsonl", lambda: inputs.given_pictures(folder / "shown.jsonl")),
             "candidates.jsonl": (folder / "done/candidates.jsonl", ranked),
             "settings.json": (folder / "done/settings.json", lambda: data.same_settings(folder / "done", {"n": "2"})),
             "words.jsonl": (folder / "worded/words.jsonl", lambda: best_of_n.recall_words([{"item": "a", "caption": "b", "picture": None}], folder / "worded")),
@@ -170,7 +175,7 @@ def tokenizer(count, dice):
     for _ in range(count):
         text = "".join(chr(c) for c in dice.integers(1, 0x3000, size=12)) if dice.random() < .3 else said(dice)
         words = metrics.tokenize(text)
-        if any(not w or w.split() != [w] or w in metrics.DROPPED for w in words):
+        if any(not w or w.split() != [w] or w in DROPPED for w in words):
             wrong.add("words that are none")
         if metrics.tokenize(" ".join(text.split())) != words:
             wrong.add("white space matters")

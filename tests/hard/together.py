@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -204,7 +205,7 @@ LONG = {"2,000 steps": "finetune --steps 2000 --batch 1 --losses tg --every 500"
 
 def long(folder):
     """Yields (row, verdict, detail): memory in the last tenth of a run against the second, and the
-    most open files of both."""
+    median of open files."""
     for name, argv in LONG.items():
         fresh(folder)
         pid = fork.start(*trial.command(argv), folder, folder.parent / "long", seconds=3000)
@@ -217,6 +218,6 @@ def long(folder):
         rc, _ = fork.wait(pid)
         tenth = max(len(samples) // 10, 1)
         early, late = samples[tenth:2 * tenth], samples[-tenth:]
-        (a, files), (b, more) = [(sum(m for m, _ in some) / len(some), max(n for _, n in some)) for some in (early, late)]
+        (a, files), (b, more) = [[statistics.median(x) for x in zip(*some)] for some in (early, late)]
         good = rc == 0 and b < 1.05 * a and more <= files
-        yield f"long: {name}", "well" if good else "grows", f"rc {rc}: {a:.0f} MiB, then {b:.0f}; {files} open files, then {more}"
+        yield f"long: {name}", "well" if good else "grows", f"rc {rc}: {a:.0f} MiB, then {b:.0f}; {files:.0f} open files, then {more:.0f}"

@@ -11,6 +11,7 @@ Expected is one of
 and always: no traceback, no control character to the terminal, an end within bounds.
 """
 import base64
+import csv
 import io
 import json
 import os
@@ -25,7 +26,10 @@ import make
 from PIL import Image
 
 SMALL = {"rerank": "rerank.py -n 2 --steps 1 --draws 2 --batch 2 --out o",
+         "cycle": "rerank.py -n 2 --steps 1 --batch 2 --scorer full --out o",
+         "given": "rerank.py --steps 0 --draws 2 --batch 2 --out o",
          "evaluate": "evaluate.py --limit 2 --steps 1 --batch 2 --judges none --out o",
+         "score": "evaluate.py --out o",                   # --score, --compare, --labelfree, --findings
          "finetune": "finetune.py --steps 2 --batch 2 --every 1 --probe 0 --held 0 --out o"}
 # finished runs, which cases begin with as `o`, by name
 DONE = {"done": "rerank a.png b.png", "worded": "rerank a.png b.png --words",
@@ -138,6 +142,7 @@ def judge(case, ran, folder):
     if CONTROL.search(shown):
         return "control"
     named = [row for row in ran.lines if says(row, expected.words)]
+    named += [row for row in ran.out.splitlines() if ran.rc == 0 and says(row, expected.words)]
     told = {"refused": ran.rc == 2, "skipped": ran.rc == 0 and named, "taken": ran.rc == 0}
     if not any(told[way] for way in expected.ways):
         return "refused" if ran.rc == 2 else "silent"
@@ -163,10 +168,15 @@ def items(folder):
 
 
 def leaks(out):
-    """Whether a page or a sheet shows the colour of what nobody may see."""
-    found = list(out.glob("sheet.png"))
-    for page in out.glob("index.html"):
-        text = page.read_text(encoding="utf-8", errors="replace")
+    """Whether what a run wrote shows the colour, or says the words, that nobody may see."""
+    found = []
+    for path in [p for p in out.rglob("*") if p.is_file() and not p.is_symlink()]:
+        if path.suffix in (".png", ".jpg"):
+            found.append(path)
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if make.TEXT in text:
+            return True
         parts = re.findall(r"data:image/\w+;base64,([^\"]+)", text)
         found += [io.BytesIO(base64.b64decode(part)) for part in parts]
     return any(shows(file) for file in found)
@@ -208,6 +218,16 @@ def plain_files(folder):
         if path.suffix in (".json", ".jsonl", ".txt", ".html", ".csv"):
             if CONTROL.search(path.read_text(encoding="utf-8", errors="surrogateescape")):
                 return "control"
+    return None
+
+
+def no_formula(folder):
+    """No cell of a table begins as a spreadsheet's formula does."""
+    text = (folder / "o/candidates.csv").read_text(encoding="utf-8-sig")
+    for row in csv.DictReader(io.StringIO(text)):
+        for name in ("item", "input", "caption"):
+            if row[name].strip().startswith(tuple("=+-@")):
+                return "formula"
     return None
 
 
