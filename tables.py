@@ -24,6 +24,7 @@ import metrics
 
 CAPTIONS = ("B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE", "WMD", "CLIP", "SBERT")
 WITH_PICTURES = ("CLIPScore", "RefCLIPScore")
+IMAGE = "image-text-image"                                      # a direction of rerank.py
 CHOICE = ("mean", "chosen", "oracle", "gain", "percent")
 PICTURES = ("CLIP", "DINO", "FID", "IS", "FD-DINO")
 HUNDRED = {"B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE"}        # papers print these x 100
@@ -189,7 +190,7 @@ def groups_of(path, items, root, split):
     for row in data.read_rows(path):
         item = known.get(row["item"])
         given = row["input"]
-        if row["direction"] == "image-text-image":
+        if row["direction"] == IMAGE:
             same = item and Path(given).name == item.path.name
         else:
             same = item and item.captions[:1] == [given]
@@ -203,22 +204,28 @@ def groups_of(path, items, root, split):
     return groups
 
 
+def complete(rows):
+    """Whether an item has candidates, and, of a text, all their pictures."""
+    return bool(rows) and (rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows))
+
+
 def findings(folder, root, split, place, device, notes, glove=None):
     """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
     {"metric by score": {domain: row}}, and their direction. root, split: the set it was made of."""
     path = folder / "candidates.jsonl"
     items = data.read(root, split)
     groups = groups_of(path, items, root, split)
-    chosen = [x for x in items if x.name in groups and x.captions]
+    chosen = [x for x in items if x.captions and complete(groups.get(x.name, []))]
     if len(chosen) < len(groups):
-        notes.append(f"{len(groups) - len(chosen)} of {len(groups)} items have no references")
+        notes.append(f"{len(groups) - len(chosen)} of {len(groups)} items are left out: they have "
+                     "no references, or pictures that are no numbers")
     if len(chosen) < 2:
-        raise ValueError(f"fewer than two items of {folder} have references")
+        raise ValueError(f"fewer than two items of {folder} have references: nothing to average")
     rows = list(chain(*(groups[x.name] for x in chosen)))      # n of each item, item by item
     shape = len(chosen), len(rows) // len(chosen)
     owners = np.repeat(chosen, shape[1])
     direction = rows[0]["direction"]
-    if direction == "image-text-image":
+    if direction == IMAGE:
         captions = [row["caption"] for row in rows]
         references = [x.captions for x in owners]
         df = document_frequency(items)
@@ -232,9 +239,13 @@ def findings(folder, root, split, place, device, notes, glove=None):
     out = {}
     for by in rows[0]["scores"]:
         ranking = np.array([row["scores"].get(by) for row in rows], float).reshape(shape)
-        if np.isnan(ranking).any():
-            notes.append(f"no choice by {by}: some candidates have no such score")
+        missing = np.isnan(ranking)
+        if missing.all(1).any():
+            notes.append(f"no choice by {by}: some items have no such score")
             continue
+        if missing.any():
+            notes.append(f"{missing.sum()} candidates without {by} come last by it")
+            ranking[missing] = -np.inf
         for metric, values in quality.items():
             out[f"{metric} by {by}"] = choices(values.reshape(shape), ranking, chosen)
     return {"findings": out, "direction": direction}
