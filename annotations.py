@@ -88,11 +88,10 @@ def captions_in(path):
 def results_in(path):
     """The Captions of a file of results, which has one of each image. Raises ValueError."""
     found = captions_in(path)
-    several = [image for image, texts in found.texts.items() if len(texts) > 1]
+    several = [found.names[image] for image, texts in found.texts.items() if len(texts) > 1]
     if several:
-        first = several[0]
-        raise ValueError(f"{path} has {len(found.texts[first])} captions of image "
-                         f"{found.names[first]}, and of {len(several) - 1} more images: keep one")
+        raise ValueError(f"{path} has several captions of {len(several)} images, such as "
+                         f"{several[0]}: keep one of each")
     return found
 
 
@@ -158,5 +157,6 @@ def pictures(folder, images, names, files, notes):
         raise ValueError(f"{len(lost)} of {len(images)} images have no picture of their own in "
                          f"{folder}, such as {lost[0]}: name its files in the references' images")
     told = ", ".join(f"{count} by {way}" for way, count in ways.items())
-    notes.append(f"pictures of {folder} found: {told}")
+    guess = "; numbers are a guess, --refs with `images` is none" if ways["number"] else ""
+    notes.append(f"pictures of {folder} found: {told}{guess}")
     return out

@@ -327,7 +327,7 @@ def made_of(folder, root, split, place):
         raise ValueError(f"{folder} was made of {name}, not of --data {root}")
     if split and split != part:
         raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
-    return root or name, None if part == "None" else part, place or settings["judges"]
+    return root or name, None if part == "None" else part, place or settings.get("judges", "none")
 
 
 # ---------------------------------------------------------------- what comes of it
@@ -337,7 +337,7 @@ def write(results, out):
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     if path.exists():
-        before = data.load_json(path)["settings"]
+        before = data.load_json(path).get("settings", {})
         other = [name for name, value in plain["settings"].items() if before.get(name) != value]
         if other:
             plain["notes"].append(f"{path} held results of other {', '.join(other)}: replaced")
@@ -366,11 +366,12 @@ def main(args):
     elif args.job == "compare":
         results = compare(args.compare, args.refs, args.images, *with_notes, args.glove)
     elif args.job == "labelfree":
-        items, captions = annotations.pictured(
-            args.captions, args.refs, args.images, notes)
+        items, captions = annotations.pictured(args.captions, args.refs, args.images, notes)
         generator = Generator.load(args.generator, args.device, args.dtype)
         if args.ckpt:
             loading.load_trained(args.ckpt, None, generator)
+        if args.generator == "miniature":
+            notes.append("the miniature's generator knows no photographs: say --generator sd14")
         results = label_free(items, captions, generator, args.draws, args.seed, args.batch, notes)
     elif args.job == "findings":
         results = tables.findings(args.findings, args.data, args.split, *with_notes, args.glove)

@@ -233,7 +233,7 @@ def spice(candidates, references):
         rows.append({"image_id": len(rows), "test": test, "refs": refs})
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder, "in.json"), Path(folder, "out.json")
-        given.write_text(json.dumps(rows))
+        given.write_text(json.dumps(rows), encoding="utf-8")
         # no -cache: its database reflects into the JDK and has no library for ARM
         command = [java, "-jar", "-Xmx8G", jar, given, "-out", made, "-subset", "-silent"]
         run = subprocess.run(command, cwd=jar.parent, capture_output=True, text=True)
@@ -242,7 +242,7 @@ def spice(candidates, references):
             raise Unavailable(f"the jar failed with exit code {run.returncode} ({last}); it wants "
                               "8 GB of memory, and CoreNLP 3.6.0 (404 MB) by python -m "
                               "pycocoevalcap.spice.get_stanford_models")
-        found = json.loads(made.read_text())
+        found = json.loads(made.read_text(encoding="utf-8"))
     scores = np.full(len(rows), math.nan)
     for row in found:
         scores[row["image_id"]] = row["scores"]["All"]["f"]

@@ -72,8 +72,8 @@ def caption_scores(items, captions, df, place, device, notes, glove=None, pictur
         scores["WMD"] = -scores["WMD"]                          # papers print the distance
     if pictures:
         scores |= clipscores(items, captions, place, device, notes)
-    for name in {"SPICE", "WMD", *WITH_PICTURES} & scores.keys():
-        without = int(np.isnan(scores[name]).sum())
+    for name in ("SPICE", "WMD", *WITH_PICTURES):
+        without = int(np.isnan(scores.get(name, 0)).sum())
         if without:
             notes.append(f"{name} is the mean of {len(captions) - without} of {len(captions)} "
                          "captions: the others have none")
