@@ -13,7 +13,7 @@ SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
 ROOMS = {"cycle": (), "losses": (), "bridge": (), "data": (), "metrics": (), "page": (), "loading": (),
          "captioners": ("cycle", "loading"), "generators": ("cycle", "loading"), "judges": ("loading",),
-         "tables": ("data", "judges", "metrics"),
+         "tables": ("data", "judges", "metrics"), "annotations": ("data",),
          "batches": ("cycle", "data", "losses", "miniature"),
          "checkpoints": ("captioners", "generators", "loading", "data"),
          "best_of_n": ("cycle", "data", "losses")}
