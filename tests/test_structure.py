@@ -11,7 +11,8 @@ from density import LIBRARIES, count, sources
 
 SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
-ROOMS = {"cycle": (), "losses": (), "bridge": (), "data": (), "metrics": (), "page": (), "loading": (),
+ROOMS = {"cycle": (), "losses": (), "bridge": (), "metrics": (), "page": (), "loading": (),
+         "pictures": (), "data": ("pictures",),
          "captioners": ("cycle", "loading"), "generators": ("cycle", "loading"), "judges": ("loading",),
          "tables": ("data", "judges", "metrics"),
          "batches": ("cycle", "data", "losses", "miniature"),
