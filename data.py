@@ -219,7 +219,9 @@ def of_split(items, split, root):
         held = [item for item in told if int(picture_name(item.name)[-8:], 16) % HELD == 0]
         say(f"{root}: {len(held)} of its {len(told)} described pictures, by a hash of their names, "
             "are held out as val and test; --split all is every one")
-        parts = {"train": [item for item in items if item not in held], "val": held, "test": held}
+        names = {item.name for item in held}
+        rest = [item for item in items if item.name not in names]
+        parts = {"train": rest, "val": held, "test": held}
     if not parts.get(split):
         raise ValueError(f"{root} has no pictures in its split {split!r}, of {[*parts, 'all']}")
     return parts[split]
@@ -281,8 +283,7 @@ def read_rows(path, whole=False):
     leaves, is forgiven, unless it is to be whole; any other line that is no row is a ValueError."""
     path = Path(path)
     rows = []
-    text = path.read_bytes() if path.exists() else b""
-    lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if path.exists() else []
     for number, line in enumerate(map(bytes.strip, lines), 1):
         if not line.strip(b"\0"):                # blank, or what a loss of power left
             continue
