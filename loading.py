@@ -56,7 +56,7 @@ def resolve(name, table, kind, cached=False):
             raise ValueError("a model from a file is file.py:function")
         if not place.exists():
             place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
-        old = check_weights(place) if place.is_dir() else []
+        old = check_weights(place) if place.is_dir() else check_file(place)
     except (OSError, ValueError) as e:
         raise ValueError(f"{kind} {str(name)!r}: {' '.join(str(e).split())}") from e
     options = {"local_files_only": True, "use_safetensors": True}
