@@ -9,7 +9,7 @@
     python finetune.py --export out/models               # stock directories for from_pretrained
 
 Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings and step in its
-header), checkpoint.json (the same header to read), log.jsonl (a line a step). Which sample,
+header), checkpoint.json (the same to read), log.jsonl (a line a step), log.png. Which sample,
 caption, timestep and noise a step gets is a function of (seed, step, sample): the number of
 processes, --micro and a resume change nothing. The miniature: one thread (OMP_NUM_THREADS rules).
 
@@ -56,7 +56,7 @@ def parser():
     cli.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder or hub id")
     cli.add_argument("--generator", help="miniature, sd14, folder or hub id; follows --captioner")
     cli.add_argument("--data", help="folder: COCO, or pictures with metadata.jsonl, .csv or .txt")
-    cli.add_argument("--split", default="train", help="of --data; all: without a held-out share")
+    cli.add_argument("--split", default="train", help="of --data; all: nothing is held out")
     cli.add_argument("--own", help="pictures without captions for ir: a folder, a split of --data")
     cli.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="Table 5")
     cli.add_argument("--weights", nargs="+", type=float, help="one for each of --losses; default 1")
