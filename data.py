@@ -168,7 +168,7 @@ def folder(root, split=None):
     pictures, by a hash of its name: it stays there when others come. None, all: every picture.
     """
     files = [path for path in sorted(root.rglob("*"))
-             if path.is_file() and "/." not in path.as_posix().removeprefix(root.as_posix())]
+             if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"]
     known = dict.fromkeys(files)
     for path in files:
         if path.name in METADATA:

@@ -161,6 +161,17 @@ def test_captions_beside_pictures(tmp_path):
     assert found == {"a.png": ["a red ring", "a ball"], "b.jpg": ["one"], "c.png": ["yes"], "d.png": []}
 
 
+@pytest.mark.parametrize("name", [".", "../.hidden", "sub/.."])
+def test_a_folder_may_be_named_in_any_way(tmp_path, monkeypatch, name):
+    """Hidden is what begins with a dot below it."""
+    root = tmp_path / ".hidden"
+    put(root, ["a.png", ".b.png", "sub/c.png", ".d/e.png"],
+        {"metadata.jsonl": rows(("./sub/../a.png", "x"), ("sub//c.png", "y"))})
+    monkeypatch.chdir(root)
+    assert {x.name: x.captions for x in data.read(name)} == {"a.png": ["x"], "sub/c.png": ["y"]}
+    assert [data.open_image(x.path).shape[0] for x in data.read(name)] == [3, 3]
+
+
 def test_what_pillow_reads_is_read_in_a_folder(tmp_path, capsys):
     """What people have as pictures of it; the others are told, once, hidden ones are none."""
     data.say.cache_clear()
