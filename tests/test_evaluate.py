@@ -254,7 +254,7 @@ def test_names_that_look_alike_are_drawn_apart(tmp_path):
         "    def draw(self, captions, items=None, seed=0, **settings):\n"
         "        return torch.stack([torch.full((3, 32, 32), int(c[-1]) / 4) for c in captions])\n"
         "def load(device, dtype):\n    return Grey()\n")
-    argv = ["--data", tmp_path / "set", "--generator", f"{tmp_path / 'grey.py'}:load"]
+    argv = ["--data", tmp_path / "set", "--split", "all", "--generator", f"{tmp_path / 'grey.py'}:load"]
     found = run(tmp_path / "out", *argv, "--only", "images")["images"]["all"]
     assert found["n"] == 4 and found["CLIP"] == pytest.approx(1)
 
@@ -562,7 +562,7 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
         rows += [{"file_name": f"{i}.png", "text": f"a {c} ring"} for c in ("red", "blue")]
     data.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "set/2.png").write_text("no picture")
-    results = run(tmp_path / "out", "--data", tmp_path / "set", "--steps", 2)
+    results = run(tmp_path / "out", "--data", tmp_path / "set", "--split", "all", "--steps", 2)
     assert results["captions"]["all"]["n"] == results["images"]["all"]["n"] == 3
     assert "2.png is not a picture" in " ".join(results["notes"])
     assert "2.png" in capsys.readouterr().err
