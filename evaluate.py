@@ -13,7 +13,6 @@ Writes into --out: captions and pictures (kept: run again, it goes on), results.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
 The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
-import argparse
 import json
 import sys
 from collections import Counter
@@ -49,8 +48,7 @@ FREE = {"limit", "only", "ci", "batch", "judges", "glove", "inception"}     # as
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = loading.Parser(__doc__)
     p.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder, file.py:f")
     p.add_argument("--generator", help="sd14, folder, hub id, file.py:f; follows --captioner")
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder")
@@ -405,8 +403,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"evaluate.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    loading.script(main, flags)

@@ -279,6 +279,10 @@ def torchvision_fault():
 class Parser(argparse.ArgumentParser):
     """Of a script's flags. A wrong one is a ValueError of one line, as every other fault."""
 
+    def __init__(self, doc):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw)
+
     def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
 

@@ -8,7 +8,6 @@ and the strongest beam search. test: the table that the default comes from. Seco
 thread's own time. Run again, it goes on where it stopped; remove out/lab to measure anew.
 """
 import re
-import sys
 import zlib
 
 import numpy as np
@@ -273,8 +272,4 @@ def measure(part, lab):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(keep.run(measure, keep.flags(__doc__, PARTS)))
-    except (ValueError, OSError) as e:
-        print(f"choice.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    keep.script(measure, __doc__, PARTS)

@@ -11,7 +11,6 @@ every judged caption is scored (once: it is kept in NAME.jsonl beside --out) by
     both        z(per token) + z(denoise), z over all judgments of the run
     cycle       likeness, by CLIP, of the picture drawn from the caption to the picture
 """
-import argparse
 import collections
 import json
 import sys
@@ -35,8 +34,7 @@ SETTINGS = ("images", "captioner", "generator", "judges", "steps", "guidance")
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = loading.Parser(__doc__)
     p.add_argument("name", choices=BENCHMARKS)
     p.add_argument("file", type=Path, help="the judgments")
     p.add_argument("--images", type=Path, help="the pictures, by the names that the file has")
@@ -253,8 +251,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        say(" ".join(str(e).split()))
-        sys.exit(2)
+    loading.script(main, flags)

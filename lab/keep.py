@@ -1,5 +1,5 @@
 """What the measurements share: how large they are, what is done once, and where results lie."""
-import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import loading
 import metrics
 from miniature import world
 
@@ -26,8 +27,7 @@ DOMAINS = ("in", "near", "out")
 
 
 def flags(doc, parts, argv=None):
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = loading.Parser(doc)
     p.add_argument("parts", nargs="*", help=f"of {' '.join(parts)}; default all of them")
     p.add_argument("--share", type=float, default=1.0, help="of all counts; 1: as committed")
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
@@ -192,3 +192,8 @@ def run(parts, args):
         parts(name, lab)
     print(f"lab: {', '.join(args.parts)} in {lab.out}; python -m lab.report makes a page of it")
     return 0
+
+
+def script(parts, doc, names):
+    """A script's own end: its parts, by the flags of the command line."""
+    loading.script(functools.partial(run, parts), functools.partial(flags, doc, names))
