@@ -13,6 +13,7 @@ Writes into --out: captions and pictures (kept: run again, it goes on), results.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
 The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
+import script  # isort: skip
 import json
 import sys
 from collections import Counter
@@ -48,7 +49,7 @@ FREE = {"limit", "only", "ci", "batch", "judges", "glove", "inception"}     # as
 
 
 def flags(argv=None):
-    p = loading.Parser(__doc__)
+    p = script.Parser(__doc__)
     p.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder, file.py:f")
     p.add_argument("--generator", help="sd14, folder, hub id, file.py:f; follows --captioner")
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder")
@@ -403,4 +404,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    loading.script(main, flags)
+    script.run(main, flags)

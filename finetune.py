@@ -17,6 +17,7 @@ processes, --micro and a resume change nothing. The miniature: one thread (OMP_N
 numbers, switches and built-in names. A folder, file, hub id or code that it names is said, and not
 followed until the command line names it.
 """
+import script  # isort: skip
 import math
 import os
 import signal
@@ -51,7 +52,7 @@ PLACES = ("out", "resume", "export", "device")                 # not taken over 
 
 
 def parser():
-    cli = loading.Parser(__doc__)
+    cli = script.Parser(__doc__)
     cli.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder or hub id")
     cli.add_argument("--generator", help="miniature, sd14, folder or hub id; follows --captioner")
     cli.add_argument("--data", help="folder: COCO, or pictures with metadata.jsonl, .csv or .txt")
@@ -426,4 +427,4 @@ def train(run, start):
 
 
 if __name__ == "__main__":
-    loading.script(main, flags)
+    script.run(main, flags)
