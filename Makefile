@@ -23,6 +23,7 @@ results: SHARE = 0.1
 results: .venv/ready
 	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of its items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
 	@.venv/bin/python -m lab.findings --share $(SHARE)
+	@.venv/bin/python -m lab.choice --share $(SHARE)
 	@.venv/bin/python -m lab.joint --share $(SHARE)
 	@.venv/bin/python -m lab.report --share $(SHARE)
 

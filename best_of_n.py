@@ -1,7 +1,7 @@
 """Best of N: candidates as rows, how they are kept and ranked, their words.
 
     rows, = captions_for([image], ["photo.jpg"], captioner, generator, {})
-    best_first(rows, "both")[0]["caption"]
+    best_first(rows, "denoise")[0]["caption"]
     rank_captions(image, ["a cat", "a dog"], captioner, generator)[0]["caption"]
 
 A row is what a line of candidates.jsonl holds of a candidate: {"caption", "picture", "scores":
@@ -22,11 +22,12 @@ import data
 import losses
 
 IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
+RANKS = {IMAGE: "denoise", TEXT: "both"}         # what ranks by RESULTS.md, of scorer `both`
 
 
 # ---------------------------------------------------------------- candidates that exist
 def rank_captions(image, captions, captioner, generator, item=0, **more):
-    """Captions of one picture (3, H, W) in [0, 1]: their rows, best first by both models.
+    """Captions of one picture (3, H, W) in [0, 1]: their rows, best first.
 
     more: of captions_for; item: what the noise hangs on. Nothing is drawn, unless `draw` says so.
     """
@@ -35,28 +36,29 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
                          f"{tuple(image.shape)} and {captions!r}")
     more = {"likeness": {}, "draw": {"steps": 0}} | more
     rows, = captions_for([image], [item], captioner, generator, given=[list(captions)], **more)
-    return best_first(rows, default_score(rows))
+    return best_first(rows, default_score(rows, IMAGE, more.get("by")))
 
 
 def rank_pictures(text, pictures, captioner, generator, item=0, **more):
-    """Pictures of one text, each (3, H, W) in [0, 1] of any size: their rows, best first by both
-    models. more: of pictures_for."""
+    """Pictures of one text, each (3, H, W) in [0, 1] of any size: their rows, best first. more: of
+    pictures_for."""
     if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
         raise ValueError("expected one text and a list of pictures (3, H, W)")
     more = {"likeness": {}} | more
     rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
-    return best_first(rows, default_score(rows))
+    return best_first(rows, default_score(rows, TEXT))
 
 
 # ---------------------------------------------------------------- the two conversations
 def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
-                 seed=0, draws=12, speak=None, draw=None, given=None):
+                 seed=0, draws=12, speak=None, draw=None, given=None, by=None):
     """n captions of each picture (3, H, W) with their scores: n rows an item.
 
     scorer: `both` (judged), and only the best is drawn, in 0 `steps` none; or `full`, the cycle.
     items: what chance hangs on; likeness: as in cycle.image_text_image; clip: a judge that compares
     picture and caption; draws: noises of `both`; speak, draw: more arguments of the speakers;
-    given: B lists of captions that exist, of any number each, in place of n that are said.
+    given: B lists of captions that exist, of any number each, in place of n that are said; by: the
+    score that chooses what is drawn.
     """
     speak, draw = speak or {}, draw or {}
     groups = []
@@ -84,7 +86,7 @@ def captions_for(images, items, captioner, generator, likeness, clip=None, score
         for image, rows in zip(images, groups):
             put(rows, "clipscore", clip.score(image[None], [row["caption"] for row in rows]))
     if scorer == "both" and draw.get("steps", 50) > 0:
-        winners = [best_first(rows, default_score(rows))[0] for rows in groups]
+        winners = [best_first(rows, default_score(rows, IMAGE, by))[0] for rows in groups]
         draw_rows(winners, items, generator, seed, draw)
     return groups
 
@@ -271,10 +273,10 @@ def score_of(row, name):
     return -math.inf if score is None else score
 
 
-def default_score(rows):
-    """What ranks rows by themselves: both models, else the generator, else the first score."""
+def default_score(rows, direction, by=None):
+    """The score that ranks: `by`, else that of RANKS, else the first."""
     names = rows[0]["scores"]
-    return next((name for name in ("both", "denoise") if name in names), next(iter(names)))
+    return next(name for name in (by, RANKS[direction], "denoise", *names) if name in names)
 
 
 def best_first(rows, name):

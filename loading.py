@@ -10,7 +10,6 @@ there is nothing else. Nothing that is loaded runs code, but for a `file.py:func
 command line names. Whatever fails is a ValueError of one line, with its cause and the remedy.
 Copy this file alone: it needs torch, transformers, safetensors and huggingface_hub.
 """
-import argparse
 import contextlib
 import ctypes
 import difflib
@@ -276,31 +275,6 @@ def torchvision_fault():
 
 
 # ---------------------------------------------------------------- this process
-class Parser(argparse.ArgumentParser):
-    """Of a script's flags. A wrong one is a ValueError of one line, as every other fault."""
-
-    def __init__(self, doc):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw)
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
-def script(main, flags):
-    """Runs main(flags()), and exits: with 2 and a line for what cannot be, 130 after Ctrl-C."""
-    name = Path(sys.argv[0]).name
-    sys.stdout.reconfigure(errors="backslashreplace")     # words that this terminal can't show
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; run the same command again", file=sys.stderr)
-        sys.exit(130)
-
-
 def device_and_dtype(device=None, dtype=None):
     """torch.device and torch.dtype of what the command line says.
 

@@ -66,9 +66,9 @@ def flags(argv=None):
     p.add_argument("--turn", choices=["image", "text"], help="side of --data; default image")
     p.add_argument("--limit", type=int, help="items; default 4 of --data miniature, else all")
     p.add_argument("--scorer", choices=["both", "full", "few"],
-                   help="both (default): what both models say of it, log-likelihood and denoising "
-                   "loss; full: the paper's cycle, draws or reads every candidate; few: of "
-                   "captions, in 8 steps of DPM-Solver++")
+                   help="both (default): what both models say of a candidate, its log-likelihood "
+                   "and the denoising loss; full: the paper's cycle, each is drawn or read; few: "
+                   "of captions, in 8 steps of DPM-Solver++")
     p.add_argument("--decoder", help="of few: tiny (TAESD), or an AutoencoderTiny's place")
     p.add_argument("--draws", type=int, default=12, help="of both: noises a candidate")
     p.add_argument("--draw", action="store_true", help="draw winners that another --by has chosen")
@@ -81,7 +81,8 @@ def flags(argv=None):
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*",
                    help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
-    p.add_argument("--by", help="the score that ranks; default both, else the first likeness")
+    p.add_argument("--by", help="the score that ranks: denoise (default of captions), both (of "
+                   "pictures), per_token, likelihood, clipscore; of full, few a likeness")
     p.add_argument("--judges", help="miniature, hub, cache (the hub's, as fetched before), folder "
                    "with clip, dino, sbert; default as the models, cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for wmd")
@@ -299,10 +300,11 @@ def tell(found, done):
         script.say(f"{old} of {len(found.items)} already done")
 
 
-def choose(groups, by, wanted):
+def choose(groups, by, wanted, direction):
     """(the score that ranks, {item: its rows, best first}). ValueError where there is none such."""
     names = outputs.score_names(groups)
-    by = by or next(name for name in ["both", "denoise", *wanted] if name in names)
+    usual = (best_of_n.RANKS[direction], "denoise", *wanted)
+    by = by or next(name for name in usual if name in names)
     if by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
     return by, {name: best_first(rows, by) for name, rows in groups.items()}
@@ -343,6 +345,7 @@ def main(args):
     # 2) the conversations that are left
     wanted = args.likeness or LIKENESSES["both" if args.scorer == "both" else direction]
     draw = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch}
+    own = {"speak": {"way": args.way}, "by": args.by} if direction == IMAGE else {}
     generator, skipped = None, []
     if rest:                                     # models before judges: the real cause comes first
         captioner, generator = speakers(args.captioner, args.generator, args.ckpt, args.device,
@@ -357,7 +360,7 @@ def main(args):
         skipped = converse(rest, found, marks, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
-            "speak": {"way": args.way} if direction == IMAGE else None, "draw": draw})
+            "draw": draw, **own})
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -373,7 +376,7 @@ def main(args):
         raise ValueError(f"none of the {len(items)} inputs could be read")
     for rows in done.values():
         best_of_n.rank(rows)
-    by, ordered = choose(groups, args.by, wanted)
+    by, ordered = choose(groups, args.by, wanted, direction)
     best = [rows[0] for rows in ordered.values() if rows[0]["scores"].get(by) is not None]
     undrawn = [row for row in best if not row["picture"] and "nan" not in row]
 
@@ -389,7 +392,7 @@ def main(args):
     home, warning = inputs.toys(args.captioner, args.generator, found, args.line)
     note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
-    absent = "not drawn: --draw does it" if args.steps else ""
+    absent = args.steps and "not drawn: --draw does it"
     outputs.show(found, ordered, by, note, warning, absent, out)
     if args.pairs:
         print(outputs.write_pairs(args.pairs, groups, by, args.margin, out))

@@ -27,9 +27,9 @@ import bridge
 import cycle
 import data
 import finetune
-import loading
 import losses
 import metrics
+import script
 from captioners import Captioner
 from generators import Generator, few_steps
 from miniature import world
@@ -48,7 +48,7 @@ REAL = (
 
 
 def flags(argv=None):
-    p = loading.Parser(__doc__)
+    p = script.Parser(__doc__)
     p.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default="all",
                    help="all, the default: all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
@@ -421,4 +421,4 @@ def five_digits(text):
 
 if __name__ == "__main__":
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")            # the profiler talks to stderr
-    loading.script(main, flags)
+    script.run(main, flags)

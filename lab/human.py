@@ -27,6 +27,7 @@ import judges
 import loading
 import losses
 import metrics
+import script
 from lab import keep
 from rerank import speakers
 
@@ -34,7 +35,7 @@ SETTINGS = ("images", "captioner", "generator", "judges", "steps", "guidance")
 
 
 def flags(argv=None):
-    p = loading.Parser(__doc__)
+    p = script.Parser(__doc__)
     p.add_argument("name", choices=BENCHMARKS)
     p.add_argument("file", type=Path, help="the judgments")
     p.add_argument("--images", type=Path, help="the pictures, by the names that the file has")
@@ -75,7 +76,8 @@ def pascal50s(path):
     for i, row in enumerate(pairs["new_input"]):
         picture, *said = map(str.strip, row)
         cast = triplets[i * each:(i + 1) * each]
-        won = collections.Counter((a if vote == 1 else b).strip() for _, a, b, vote in cast)
+        nearer = [a if vote == 1 else b for _, a, b, vote in cast]
+        won = collections.Counter(map(str.strip, nearer))
         votes += [won[caption] for caption in said]
         if sum(votes[-2:]) < each:
             raise ValueError(f"the votes of pair {i + 1} are of other captions")
@@ -98,7 +100,8 @@ def thumb(path):
     for name, key in (("total", "human_score"), ("P", "P"), ("R", "R")):
         columns[name] = "pearson", [x[key] for x in given], True
     systems = [x["SYS"] != "Human" for x in given]             # without the captions by people
-    columns["systems"] = "pearson", columns["total"][1], systems
+    _, total, _ = columns["total"]
+    columns["systems"] = "pearson", total, systems
     return rows, columns
 
 
@@ -251,4 +254,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    loading.script(main, flags)
+    script.run(main, flags)

@@ -404,4 +404,4 @@ def measure(part, lab):
 
 
 if __name__ == "__main__":
-    keep.script(measure, __doc__, PARTS)
+    keep.run_script(measure, __doc__, PARTS)

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import data
-import loading
 import metrics
+import script
 from miniature import world
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ DOMAINS = ("in", "near", "out")
 
 
 def flags(doc, parts, argv=None):
-    p = loading.Parser(doc)
+    p = script.Parser(doc)
     p.add_argument("parts", nargs="*", help=f"of {' '.join(parts)}; default all of them")
     p.add_argument("--share", type=float, default=1.0, help="of all counts; 1: as committed")
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
@@ -113,8 +113,8 @@ def alone():
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the first process
 
 
-def stop(*signalled):
-    sys.exit(128 + signal.SIGTERM)
+def stop(number, frame):
+    sys.exit(128 + number)
 
 
 def do(task):
@@ -186,7 +186,8 @@ def spoiled(caption, scene, kind, seed):
 
 def run(parts, args):
     """Does the parts one after another: {name: function of a Lab}."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)                    # by an exception: workers end with it
+    signal.signal(signal.SIGINT, stop)
     lab = Lab(args.share, args.processes, args.out.resolve(), args.work.resolve())
     for name in args.parts:
         parts(name, lab)
@@ -194,6 +195,6 @@ def run(parts, args):
     return 0
 
 
-def script(parts, doc, names):
+def run_script(parts, doc, names):
     """A script's own end: its parts, by the flags of the command line."""
-    loading.script(functools.partial(run, parts), functools.partial(flags, doc, names))
+    script.run(functools.partial(run, parts), functools.partial(flags, doc, names))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import loading
+import script
 from captioners import Captioner
 from generators import Generator
 from miniature import world
@@ -31,7 +31,7 @@ BARS = {
 
 
 def flags(argv=None):
-    p = loading.Parser(__doc__)
+    p = script.Parser(__doc__)
     p.add_argument("--models", type=Path, default=HERE, help="the folder that train.py made")
     p.add_argument("--work", type=Path, default=HERE.parent / "runs/miniature", help="what is made")
     p.add_argument("--scenes", type=int, default=300, help="held-out scenes a domain")
@@ -126,4 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    loading.script(main, flags)
+    script.run(main, flags)

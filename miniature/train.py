@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import loading
+import script
 from miniature import world
 from miniature.material import (
     LENGTH,
@@ -48,7 +48,7 @@ CLIP = ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
 
 
 def flags(argv=None):
-    p = loading.Parser(__doc__)
+    p = script.Parser(__doc__)
     p.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what, in this order")
     p.add_argument("--out", type=Path, default=HERE, help="where the directories go")
     p.add_argument("--work", type=Path, default=HERE.parent / "runs/miniature",
@@ -420,4 +420,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    loading.script(main, flags)
+    script.run(main, flags)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import judges
 import loading
+import script
 from captioners import Captioner
 from generators import Generator
 
@@ -83,13 +84,14 @@ def test_a_file_that_is_not_whole_is_one_line(tmp_path, fault, line):
 
 # ---------------------------------------------------------------- scripts
 @pytest.mark.parametrize("fault, code, err", [
-    (None, 143, ""), (ValueError("a\n  b"), 2, "job.py: a b\n"), (OSError("full"), 2, "job.py: full\n"),
-    (KeyboardInterrupt(), 130, "job.py: stopped; run the same command again\n")])
+    (None, 143, ""), (ValueError("a\n  b"), 2, "job.py: a b\n"),
+    (OSError("full"), 2, "job.py: full\n")])
 def test_a_script_ends_with_one_line(monkeypatch, capsys, fault, code, err):
     """And prints what its terminal cannot show."""
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "argv", ["some/job.py"])
     monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(script, "ready_to_stop", lambda: None)
 
     def main(args):
         print(args)
@@ -97,14 +99,14 @@ def test_a_script_ends_with_one_line(monkeypatch, capsys, fault, code, err):
             raise fault
         return 143
     with pytest.raises(SystemExit) as e:
-        loading.script(main, lambda: "caf\udce9 \u00df")
+        script.run(main, lambda: "caf\udce9 \u00df")
     terminal.flush()
     assert e.value.code == code and capsys.readouterr().err == err
     assert terminal.buffer.getvalue() == b"caf\\udce9 \\xdf\n"
 
 
 def test_a_wrong_flag_is_one_line():
-    parser = loading.Parser()
+    parser = script.Parser("")
     parser.add_argument("--n", type=int)
     assert parser.parse_args(["--n", "3"]).n == 3
     for argv in (["--n", "x"], ["--m"], ["--n"], ["more"]):

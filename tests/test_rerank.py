@@ -168,24 +168,27 @@ def test_what_another_process_skipped_is_counted(tmp_path, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- cheaper scorers
-def test_both_draws_only_the_winner(tmp_path):
+@pytest.mark.parametrize("by", [None, "both"])
+def test_only_the_winner_is_drawn(tmp_path, by):
     argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--draws", "4",
             "--likeness", "pixel", "--out", str(tmp_path)]
+    argv += ["--by", by] if by else []
+    by = by or "denoise"
     assert rerank.main(rerank.flags(argv)) == 0
     found = rows(tmp_path)
     assert len(found) == 9 and len(list((tmp_path / "pictures").iterdir())) == 3
     best = json.loads((tmp_path / "best.json").read_text())
     for item in {r["item"] for r in found}:
         some = [r for r in found if r["item"] == item]
-        winner = max(some, key=lambda r: r["scores"]["both"])
+        winner = max(some, key=lambda r: r["scores"][by])
         assert winner["picture"] == best[item]["picture"]
         assert winner["caption"] == best[item]["caption"]
         assert sum(r["picture"] is not None for r in some) == 1
         for r in some:
             assert set(r["scores"]) == {"both", "denoise", "likelihood", "per_token"}
             assert set(r["errors"]) == set(r["gaps"]) == {"both", "denoise"}
-            assert r["errors"]["both"] > 0
-            assert (r["gaps"]["both"] > 0) != (r["caption"] == best[item]["caption"])
+            assert r["errors"][by] > 0
+            assert (r["gaps"][by] > 0) != (r["caption"] == best[item]["caption"])
     assert "not drawn" not in (tmp_path / "index.html").read_text()
     assert (tmp_path / "sheet.png").exists()
 
@@ -391,8 +394,9 @@ def test_one_picture_and_its_captions(captioner, generator, images):
     loss = losses.score(generator, images[0], captions, *noises).mean(0)
     log_p = captioner.likelihood(images[:1].repeat(5, 1, 1, 1), captions)
     both = losses.both(log_p / captioner.tokens(captions), loss)
-    assert [r["caption"] for r in rows] == [captions[i] for i in both.argsort(descending=True, stable=True)]
-    assert [r["scores"]["both"] for r in rows] == pytest.approx(sorted(both.tolist())[::-1], abs=1e-3)
+    order = loss.argsort(stable=True)
+    assert [r["caption"] for r in rows] == [captions[i] for i in order]
+    assert [r["scores"]["both"] for r in rows] == pytest.approx(both[order].tolist(), abs=1e-3)
     for wrong in ((images, captions), (images[0], "a ring"), (images[0], [])):
         with pytest.raises(ValueError, match="one picture"):
             best_of_n.rank_captions(*wrong, captioner, generator)
@@ -525,7 +529,7 @@ def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys):
     said = capsys.readouterr().out
     changed = [r for r in before if r["rank"]["likelihood"] == 0 and not r["picture"]]
     assert changed and f"{len(changed)} winners are not drawn: --draw does it" in said
-    assert "ranked by likelihood, before by both" in said
+    assert "ranked by likelihood, before by denoise" in said
     assert (tmp_path / "index.html").read_text().count("not drawn: --draw") == len(changed)
     assert rerank.main(rerank.flags([*argv, "--by", "likelihood", "--draw"])) == 0
     assert "not drawn" not in (tmp_path / "index.html").read_text()
