@@ -317,9 +317,9 @@ def made_of(folder, root, split, place):
         raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
                          "first, with --data")
     settings = data.load_json(folder / "settings.json")
-    name, _, part = settings.get("set", "").rpartition(" ")             # "NAME SPLIT", or "None"
-    name, part = settings.get("data", name), settings.get("split", part)
-    if name in ("", "None"):
+    name = settings.get("data")
+    part = settings.get("split")
+    if name in (None, "None"):
         raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
                          "have no references")
     if root and Path(root).name != Path(name).name:

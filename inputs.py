@@ -30,11 +30,13 @@ VOCABULARY = {*"a an and".split(), *" ".join([*world.WORDS, *world.PHRASES]).spl
 @dataclass
 class Inputs:
     """items: of data.py, a sentence without a path; given: {item's name: its candidates, captions
-    or paths of pictures}; notes: lines on what was left out."""
+    or paths of pictures}; notes: lines on what was left out; whole: the items of the set that they
+    are of, whose captions weigh CIDEr's n-grams."""
     direction: str
     items: list
     given: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
+    whole: list = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- what is to be described, or drawn
@@ -43,12 +45,13 @@ def from_set(root, split, turn, limit):
     if not root:
         raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a "
                          "set's folder")
-    items = data.read(root, split)[:limit or (4 if root == "miniature" else None)]
+    whole = data.read(root, split)
+    items = whole[:limit or (4 if root == "miniature" else None)]
     if turn != "text":
-        return Inputs(IMAGE, items)
+        return Inputs(IMAGE, items, whole=whole)
     if not all(item.captions for item in items):
         raise ValueError(f"--turn text: {root} has pictures without captions")
-    return Inputs(TEXT, [replace(item, path=None) for item in items])
+    return Inputs(TEXT, [replace(item, path=None) for item in items], whole=whole)
 
 
 def from_arguments(arguments, limit=None):

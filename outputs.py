@@ -215,7 +215,7 @@ def show(found, ordered, by, note, warning, undrawn, out):
         print(f"\n... and {len(shown) - PRINTED} more")
     print(f"\n{write_winners(ordered, by, out)}")
     if picture:
-        show_worth(ordered, found.items, by)
+        show_worth(ordered, found.items, by, found.whole)
     if warning:
         print(warning)
 
@@ -229,9 +229,10 @@ def say_if_other(path, by):
               f"winners of {path.parent} are written anew")
 
 
-def show_worth(groups, items, by):
+def show_worth(groups, items, by, whole=()):
     """Of captions with references, prints 100 x CIDEr of a random one, of the one that each score
-    chooses, of the best; and whether what `by` gains is more than chance."""
+    chooses, of the best; and whether what `by` gains is more than chance. whole: the items of the
+    set, whose captions weigh n-grams, as in evaluate.py; default those of `items`."""
     references = {item.name: item.captions for item in items if len(item.captions) > 1}
     groups = {name: groups[name] for name in references if name in groups}
     if len(groups) == 1:
@@ -250,7 +251,7 @@ def show_worth(groups, items, by):
             scores.setdefault(name, []).append(values + [-np.inf] * fill)
     # a judge that was absent for a while has scored some items only
     scores = {name: values for name, values in scores.items() if len(values) == len(groups)}
-    df = metrics.document_frequency(list(references.values()))
+    df = metrics.document_frequency([x.captions for x in whole or items if x.captions])
     quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
     for values, rows in zip(quality, groups.values()):
         n = len(rows)

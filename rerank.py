@@ -168,6 +168,13 @@ def check_folder(out, settings):
                          "--out")
 
 
+def of_set(inputs, root, split):
+    """What settings.json says of the set that items are of: none, where inputs are given."""
+    if inputs or not root:
+        return {"data": "None", "split": "None"}
+    return {"data": str(Path(root)), "split": str(split)}
+
+
 # ---------------------------------------------------------------- who speaks, who judges
 def speakers(captioner, generator, ckpt, device, dtype):
     """Both by name, with the trained weights of --ckpt. A captioner of None is not needed."""
@@ -327,8 +334,7 @@ def main(args):
         raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"direction": direction}
-    own = args.inputs or args.images or not args.data
-    settings["set"] = "None" if own else f"{Path(args.data).name} {args.split}"
+    settings |= of_set(args.inputs or args.images, args.data, args.split)
     settings["given"] = str(bool(found.given) or None)
     out = args.out or default_folder(settings)
     check_folder(out, settings)
@@ -392,7 +398,7 @@ def main(args):
     home, warning = inputs.toys(args.captioner, args.generator, found, args.line)
     note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
-    absent = args.steps and "not drawn: --draw does it"
+    absent = "not drawn: --draw does it" if args.steps else ""
     outputs.show(found, ordered, by, note, warning, absent, out)
     if args.pairs:
         print(outputs.write_pairs(args.pairs, groups, by, args.margin, out))

@@ -79,6 +79,7 @@ def say(line):
     print(f"{name()}: {line}", file=sys.stderr)
 
 
-if Path(sys.argv[0]).resolve().parent == HERE:
+OWN = Path(sys.argv[0]).resolve()
+if OWN.parent == HERE and OWN.is_file():         # not of `python -c`
     look_around()
     ready_to_stop()                              # also while the others are imported

@@ -30,8 +30,8 @@ WIDTHS = (3, 5, 10)                              # of beam search
 PENALTIES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)       # of its length; 1 is the library's own, 0 is none
 DRAWS = (1, 2, 4, 6, 8, 12, 16, 32, 64)          # numbers of noises of the denoising loss
 TEMPERATURES = (0.5, 2.0)                        # of the likelihood
-SHARES = (0.5, 2.0, 3.0)                         # of denoise beside the likelihood, standardised
-WEIGHTS = (10, 30, 100, 300, 1000)               # of denoise beside nats per token
+SHARES = (0.5, 2.0)                              # of denoise beside the likelihood, standardised
+WEIGHTS = (10, 30, 100, 300)                     # of denoise beside nats per token
 BOTH = ["likelihood", "denoise"]
 # what a score takes once captions are sampled
 TAKES = {

@@ -182,11 +182,15 @@ def score(left, files, args):
 
 def picture_scores(pairs, names, args):
     """({score: (N,)}, which N have them) of the pictures in `names`; none is scored twice."""
-    files = {name: path for name in names
-             for path in (args.images / name, args.images / Path(name).name) if path.is_file()}
+    files = {}
+    for name in names:
+        for path in (args.images / name, args.images / Path(name).name):
+            if path.is_file():
+                files[name] = path
     if not files:
         raise ValueError(f"{args.images} has none of the pictures, such as {names[0]}")
-    kept, folder = args.out.with_suffix(".jsonl"), args.out.with_suffix("")
+    kept = args.out.with_suffix(".jsonl")
+    folder = args.out.with_suffix("")
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     if (folder / "settings.json").exists():
         data.same_settings(folder, settings)

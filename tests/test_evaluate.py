@@ -398,7 +398,9 @@ def plant(folder, items, made="miniature nocaps"):
                          "input": str(item.path), "picture": "", "caption": caption,
                          "scores": scores})
     data.write_rows(folder / "candidates.jsonl", rows)
-    write(folder / "settings.json", {"set": made, "judges": "miniature"})
+    name, _, split = made.rpartition(" ")
+    settings = {"data": name or "None", "split": split, "judges": "miniature"}
+    write(folder / "settings.json", settings)
 
 
 def test_findings_of_a_planted_ranking(tmp_path):
@@ -457,7 +459,7 @@ def test_findings_know_what_they_are_of(tmp_path):
 
 def test_findings_of_a_rerank_of_texts(tmp_path):
     argv = ["--turn", "text", "--limit", "2", "--n", "2", "--steps", "2", "--device", "cpu",
-            "--split", "near", "--out", str(tmp_path)]
+            "--scorer", "full", "--split", "near", "--out", str(tmp_path)]
     assert rerank.main(rerank.flags(argv)) == 0
     found = run(tmp_path / "out", "--findings", tmp_path)["findings"]
     assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"}
@@ -530,8 +532,8 @@ def test_pictures_that_are_no_numbers_are_named_and_left_out(tmp_path, images, c
         "        bad = [float('nan') if 'star' in c else .5 for c in captions]\n"
         "        return torch.tensor(bad).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)\n"
         "def load(device, dtype):\n    return Half()\n")
-    argv = ["--data", tmp_path / "set", "--only", "images", "--judges", "miniature",
-            "--generator", f"{tmp_path / 'half.py'}:load"]
+    argv = ["--data", tmp_path / "set", "--split", "all", "--only", "images", "--judges",
+            "miniature", "--generator", f"{tmp_path / 'half.py'}:load"]
     results = run(tmp_path / "out", *argv)
     assert results["images"]["all"]["n"] == 2
     assert "2 of 4 pictures came out as no numbers" in " ".join(results["notes"])
@@ -551,7 +553,8 @@ def test_nothing_evaluated_is_an_error(tmp_path):
     for only, reason in (("captions", "none of the 3 pictures could be read"),
                          ("images", "none of the 3 pictures can be read")):
         with pytest.raises(ValueError, match=reason):
-            run(tmp_path / only, "--data", tmp_path / "set", "--only", only, "--steps", 2)
+            run(tmp_path / only, "--data", tmp_path / "set", "--split", "all", "--only", only,
+                "--steps", 2)
         assert not (tmp_path / only / "results.json").exists()
 
 

@@ -328,5 +328,5 @@ def test_the_command_says_in_one_line_what_is_wrong(files):
 @pytest.mark.parametrize("more", [["--images", "x"], ["--captioner", "vitb"], ["--steps", "-1"],
                                   ["--limit", "0"], ["--out", "x.jsonl"]])
 def test_flags_that_do_not_fit(more):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="--help lists the flags"):
         human.flags(["thumb", "x.jsonl", *more])

@@ -12,7 +12,7 @@ LINES = {
     "the paper's cycle, by CLIP": ("cycle evaluations", "cycle - beam"),
     "denoising loss, 12 noises": ("denoise evaluations", "denoise - beam"),
     "CLIP of picture and caption (": ("clipscore - beam",),
-    "log-likelihood per token (": ("per token - beam",),
+    "| log-likelihood per token (": ("per token - beam",),
     "both models (`--by both`)": ("denoise evaluations", "both - beam"),
     "| `vitb` |": ("vitb GiB", "vitb seconds"),
     "| `vitb --micro 2` |": ("vitb --micro 2 GiB", "vitb --micro 2 seconds"),
@@ -22,7 +22,7 @@ LINES = {
 }
 BY_DOMAIN = {"the paper's cycle, by CLIP": "cycle", "denoising loss, 12 noises": "denoise",
              "CLIP of picture and caption (": "clipscore", "both models (`--by both`)": "both",
-             "log-likelihood per token (": "per token"}
+             "| log-likelihood per token (": "per token"}
 TEXT = ("pictures, both", "pictures, cycle", "all four - tg", "own words", "both - beam, in")
 FIRST = ("pictures, clipscore",)                 # without their intervals
 

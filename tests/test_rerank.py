@@ -99,7 +99,7 @@ def test_other_settings_on_the_same_folder_are_refused(finished):
 
 def test_another_set_is_another_run(finished):
     """Items of two sets may have one name."""
-    with pytest.raises(ValueError, match="set was miniature test, is miniature near"):
+    with pytest.raises(ValueError, match="split was test, is near"):
         run("--limit", 3, "--split", "near", out=finished)
 
 
