@@ -8,7 +8,7 @@ A row is what a line of candidates.jsonl holds of a candidate: {"caption", "pict
 {name: number or None, higher = better}, "errors": {name: standard error}, "gaps": {name: standard
 error of the difference to the best by that score}}. A picture that came out as no numbers is None,
 as are the scores that hang on it; its row has "nan".
-Copy this file with cycle.py, losses.py and data.py.
+Copy this file with cycle.py, losses.py, data.py and pictures.py.
 
 Letters: B items, n candidates of each, H W pixels.
 """
@@ -34,19 +34,21 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
     if image.ndim != 3 or isinstance(captions, str) or not len(captions):
         raise ValueError(f"expected one picture (3, H, W) and a list of captions, not "
                          f"{tuple(image.shape)} and {captions!r}")
-    more = {"likeness": {}, "draw": {"steps": 0}} | more
+    if more.get("scorer", "both") == "both":
+        more["draw"] = {"steps": 0} | more.get("draw", {})
+    more = {"likeness": {}} | more
     rows, = captions_for([image], [item], captioner, generator, given=[list(captions)], **more)
     return best_first(rows, default_score(rows, IMAGE, more.get("by")))
 
 
-def rank_pictures(text, pictures, captioner, generator, item=0, **more):
+def rank_pictures(text, pictures, captioner, generator, item=0, by=None, **more):
     """Pictures of one text, each (3, H, W) in [0, 1] of any size: their rows, best first. more: of
     pictures_for."""
     if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
         raise ValueError("expected one text and a list of pictures (3, H, W)")
     more = {"likeness": {}} | more
     rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
-    return best_first(rows, default_score(rows, TEXT))
+    return best_first(rows, default_score(rows, TEXT, by))
 
 
 # ---------------------------------------------------------------- the two conversations
@@ -274,8 +276,10 @@ def score_of(row, name):
 
 
 def default_score(rows, direction, by=None):
-    """The score that ranks: `by`, else that of RANKS, else the first."""
+    """The score that ranks: `by`, else that of RANKS, else the first. ValueError for no score."""
     names = rows[0]["scores"]
+    if by and by not in names:
+        raise ValueError(f"no score {by!r}: there are {', '.join(names)}")
     return next(name for name in (by, RANKS[direction], "denoise", *names) if name in names)
 
 

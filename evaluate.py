@@ -100,6 +100,9 @@ def flags(argv=None):
 
 def defaults(args):
     """The flags with what follows from others."""
+    for name in ("limit", "draws", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: it is at least 1")
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
     args.batch = args.batch or (40 if small and args.generator == "miniature" else 10)
@@ -336,10 +339,9 @@ def write(results, out):
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     if path.exists():
-        before = data.load_json(path).get("settings", {})
-        other = [name for name, value in plain["settings"].items() if before.get(name) != value]
-        if other:
-            plain["notes"].append(f"{path} held results of other {', '.join(other)}: replaced")
+        before = data.load_json(path)
+        if any(before.get(name) != plain[name] for name in plain.keys() - {"notes"}):
+            plain["notes"].append(f"{path} held other results: replaced")
     data.write_text(path, json.dumps(plain, indent=1) + "\n")
     text = tables.report(results)
     data.write_text(out / "table.txt", text + "\n")
@@ -356,7 +358,7 @@ def main(args):
         args.data, args.split, args.judges = made_of(
             args.findings, args.data, args.split, args.judges)
     binds = {name: str(getattr(args, name)) for name in JOBS[args.job] if name not in FREE}
-    if (args.out / "settings.json").exists():
+    if args.job == "set" and (args.out / "settings.json").exists():
         data.same_settings(args.out, binds)
     notes = []
     with_notes = args.judges, device, notes
@@ -396,7 +398,8 @@ def main(args):
             results |= table_3(items, args.out, *with_notes, args.glove, args.ci)
         if args.only != "captions":
             results |= table_4(items, args.out, *with_notes, args.inception, args.ci)
-    data.same_settings(args.out, binds)
+    if args.job == "set":                        # the only one that keeps work
+        data.same_settings(args.out, binds)
     settings = {name: getattr(args, name) for name in JOBS[args.job]}
     results |= {"notes": notes, "settings": settings, "revisions": loading.REVISIONS}
     write(results, args.out)

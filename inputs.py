@@ -121,7 +121,7 @@ def given_captions(path, limit=None, items=()):
     A picture is one of `items`, by its name or path, if there are any; else a file, beside `path`
     or from here. Raises ValueError for other files.
     """
-    out = Inputs(IMAGE, [])
+    out = Inputs(IMAGE, [], whole=list(items))
     if os.path.isdir(path):
         rows = [(item, item.captions) for item in data.read(path)]
     else:
@@ -179,6 +179,8 @@ def table_of(path, keys, names):
     """{key: list of strings} of a file of JSON {key: values}, or of rows with one of `keys` and one
     of `names`; rows of one key are put together."""
     table = {}
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file or folder")
     if Path(path).suffix == ".json":
         rows = data.load_json(path)
     else:
@@ -214,10 +216,11 @@ def picture_file(name, path):
     return Path(name) if os.path.exists(name) and not beside.exists() else beside
 
 
-def mark(candidates):
-    """A short mark of given candidates, which is another one where a caption or a picture is."""
+def mark(candidates, source=None):
+    """A short mark of given candidates and the picture they are of, if any: another one where a
+    caption or a picture is."""
     seen = []
-    for candidate in candidates:
+    for candidate in [*candidates, source]:
         seen.append(str(candidate))
         if isinstance(candidate, Path) and candidate.exists():
             seen += candidate.stat().st_size, candidate.stat().st_mtime_ns

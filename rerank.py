@@ -116,9 +116,11 @@ def complete(args):
         args.batch = 40 if small else 10
     if args.steps is None:
         args.steps = 8 if args.scorer == "few" else 50
-    least = min(args.batch, args.draws, 1 if args.n is None else args.n)
+    counts = [args.n, args.batch, args.draws, args.limit]
+    least = min(count for count in counts if count is not None)
     if least < 1 or args.steps < 0 or not args.margin >= 0:
-        raise ValueError("--n, --batch and --draws are at least 1, --steps and --margin at least 0")
+        raise ValueError("--n, --batch, --draws and --limit are at least 1, --steps and --margin "
+                         "at least 0")
     return args
 
 
@@ -342,7 +344,7 @@ def main(args):
         found.notes.append(f"out/rerank holds another run; this one is in {out}")
     if processes > 1:
         dist.barrier()                           # nothing is written before all know where
-    marks = {name: inputs.mark(candidates) for name, candidates in found.given.items()}
+    marks = {x.name: inputs.mark(found.given[x.name], x.path) for x in items if found.given}
     done = best_of_n.finished(out, args.n, marks)
     if process == 0:
         tell(found, done)

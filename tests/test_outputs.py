@@ -149,7 +149,7 @@ def test_worth_where_items_have_different_numbers(capsys):
     groups = {"a": [row("a", "a red ring", 1, 0), row("a", "a cat", 2, 1), row("a", "a hoop", 0, 2)],
               "b": [row("b", "a blue box", 5, 0)], "c": [row("c", "x", 1, 0)]}
     outputs.show_worth(groups, items, "both")
-    df = metrics.document_frequency([items[0].captions, items[1].captions])
+    df = metrics.document_frequency([item.captions for item in items])
     a = [float(metrics.cider([r["caption"]], [items[0].captions], df)[0]) for r in groups["a"]]
     b = float(metrics.cider(["a blue box"], [items[1].captions], df)[0])
     mean, chosen, oracle = sum(a) / 3 + b, a[1] + b, max(a) + b
