@@ -5,7 +5,7 @@
 
 and so pascal50s, thumb and nebula, whose files the loaders name; none is shipped. With pictures,
 every judged caption is scored (once: it is kept in NAME.jsonl beside --out) by
-    clipscore   CLIP's cosine: the ranks of CLIPScore, 2.5 max(cos, 0), but without its prompt
+    clipscore   CLIPScore (Hessel et al. 2021): 2.5 max(cos, 0), of "A photo depicts CAPTION"
     per token   log p(caption | picture) over its tokens, the end included
     denoise     minus the denoising loss, less the empty caption's, so that pictures compare
     both        z(per token) + z(denoise), z over all judgments of the run
@@ -165,7 +165,8 @@ def score(left, files, args):
         columns = {"picture": names, "caption": captions}
         if hasattr(generator, "too_long"):
             columns["cut"] = generator.too_long(captions)
-        columns["clipscore"] = clip.score(image[None], captions).tolist()
+        prompts = [f"A photo depicts {caption}" for caption in captions]
+        columns["clipscore"] = (2.5 * clip.score(image[None], prompts).clip(0)).tolist()
         if hasattr(captioner, "tokens"):
             states = captioner.see([image]).expand(len(captions), -1, -1)
             log_p = captioner.likelihood(None, captions, states)
