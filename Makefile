@@ -3,8 +3,8 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
 demo: .venv/ready
-	@echo "parley: ten captions for each of four pictures, drawn and ranked (half a minute on two cores)"
-	@.venv/bin/python rerank.py --n 10 --scorer full --out out/demo
+	@echo "parley: ten captions for each of the first 20 test pictures, ranked by two toy models; the winners drawn (half a minute on two cores)"
+	@.venv/bin/python rerank.py --n 10 --limit 20 --steps 20 --out out/demo
 
 test: .venv/ready
 	@echo "parley: lint and tests (four minutes on two cores)"
@@ -27,6 +27,7 @@ results: SHARE = 0.1
 results: .venv/ready
 	@echo "parley: what RESULTS.md says of the miniature, with SHARE=$(SHARE) of its items and steps (SHARE=1, as committed: an estimated eight hours on two AVX2 cores)"
 	@.venv/bin/python -m lab.findings --share $(SHARE)
+	@.venv/bin/python -m lab.choice --share $(SHARE)
 	@.venv/bin/python -m lab.joint --share $(SHARE)
 	@.venv/bin/python -m lab.report --share $(SHARE)
 

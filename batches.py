@@ -35,7 +35,12 @@ class Samples:
         self.items = None                        # the miniature's are drawn, one by one
         self.content = f"{split}: {DRAWN} pictures"
         if place != "miniature" or split not in ("train", "all"):
-            self.items = [x for x in data.read(place, split) if x.captions or not described]
+            items = data.read(place, split)
+            self.items = [x for x in items if x.captions or not described]
+            left = len(items) - len(self.items)
+            if left:
+                data.say(f"finetune.py: {left} of the {len(items)} pictures of {place}, {split}, "
+                         "have no caption and are left out")
             names = [[x.name, x.captions] for x in self.items]
             self.content = f"{split}: {len(names)} pictures, {digest(names)}"
         self.name = f"{place}/{self.content}"
@@ -61,15 +66,35 @@ class Samples:
         raise ValueError(f"{self.name}: none of them can be read")
 
 
-def held_out(place, training, count):
-    """The first of the val split; None where the set has none apart from what is trained on."""
+def open_samples(place, split, own, batch):
+    """(Samples with captions, Samples without or None, what is said of both). own: a folder, or a
+    split of place."""
+    sets = [Samples(place, split)]
+    if own and os.path.isdir(own):
+        sets.append(Samples(own, "train", described=False))
+    elif own:
+        sets.append(Samples(place, own, described=False))
+    for some in sets:
+        if len(some) < batch:
+            raise ValueError(f"{some.name}: less than one --batch of {batch}")
+    content = "; own words of ".join([some.content for some in sets])
+    return sets[0], sets[1] if own else None, content
+
+
+def held_out(place, count, trained):
+    """The first pictures of the val split that none of the Samples trained on has; where there are
+    none, None, and a line that says why."""
+    if count < 1:
+        return None
+    seen = {os.path.abspath(item.path) for some in trained for item in some.items or ()}
     try:
         held = Samples(place, "val")
-    except ValueError:
+        held.items = [x for x in held.items if os.path.abspath(x.path) not in seen][:count]
+        if not held.items:
+            raise ValueError(f"all of {place}, val, is trained on")
+    except ValueError as e:
+        data.say(f"finetune.py: nothing is held out: {e}")
         return None
-    if count < 1 or training.items and held.items[0].path == training.items[0].path:
-        return None
-    held.items = held.items[:count]
     return held
 
 

@@ -1,18 +1,18 @@
-"""Best of N: candidates as rows, how they are kept and ranked, their words, preference pairs.
+"""Best of N: candidates as rows, how they are kept and ranked, their words.
 
     rows, = captions_for([image], ["photo.jpg"], captioner, generator, {})
-    best_first(rows, "both")[0]["caption"]
+    best_first(rows, "denoise")[0]["caption"]
+    rank_captions(image, ["a cat", "a dog"], captioner, generator)[0]["caption"]
 
 A row is what a line of candidates.jsonl holds of a candidate: {"caption", "picture", "scores":
 {name: number or None, higher = better}, "errors": {name: standard error}, "gaps": {name: standard
-error of the difference to the best by that score}}.
-Copy this file with cycle.py, losses.py and data.py.
+error of the difference to the best by that score}}. A picture that came out as no numbers is None,
+as are the scores that hang on it; its row has "nan".
+Copy this file with cycle.py, losses.py, data.py and pictures.py.
 
 Letters: B items, n candidates of each, H W pixels.
 """
-import itertools
 import math
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,84 +22,147 @@ import data
 import losses
 
 IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
+RANKS = {IMAGE: "denoise", TEXT: "both"}         # what ranks by RESULTS.md, of scorer `both`
+
+
+# ---------------------------------------------------------------- candidates that exist
+def rank_captions(image, captions, captioner, generator, item=0, **more):
+    """Captions of one picture (3, H, W) in [0, 1]: their rows, best first.
+
+    more: of captions_for; item: what the noise hangs on. Nothing is drawn, unless `draw` says so.
+    """
+    if image.ndim != 3 or isinstance(captions, str) or not len(captions):
+        raise ValueError(f"expected one picture (3, H, W) and a list of captions, not "
+                         f"{tuple(image.shape)} and {captions!r}")
+    if more.get("scorer", "both") == "both":
+        more["draw"] = {"steps": 0} | more.get("draw", {})
+    more = {"likeness": {}} | more
+    rows, = captions_for([image], [item], captioner, generator, given=[list(captions)], **more)
+    return best_first(rows, default_score(rows, IMAGE, more.get("by")))
+
+
+def rank_pictures(text, pictures, captioner, generator, item=0, by=None, **more):
+    """Pictures of one text, each (3, H, W) in [0, 1] of any size: their rows, best first. more: of
+    pictures_for."""
+    if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
+        raise ValueError("expected one text and a list of pictures (3, H, W)")
+    more = {"likeness": {}} | more
+    rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
+    return best_first(rows, default_score(rows, TEXT, by))
 
 
 # ---------------------------------------------------------------- the two conversations
 def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
-                 seed=0, draws=12, speak=None, draw=None):
+                 seed=0, draws=12, speak=None, draw=None, given=None, by=None):
     """n captions of each picture (3, H, W) with their scores: n rows an item.
 
     scorer: `both` (judged), and only the best is drawn, in 0 `steps` none; or `full`, the cycle.
     items: what chance hangs on; likeness: as in cycle.image_text_image; clip: a judge that compares
-    picture and caption; draws: noises of `both`; speak, draw: more arguments of the speakers.
+    picture and caption; draws: noises of `both`; speak, draw: more arguments of the speakers;
+    given: B lists of captions that exist, of any number each, in place of n that are said; by: the
+    score that chooses what is drawn.
     """
     speak, draw = speak or {}, draw or {}
     groups = []
     if scorer == "both":
-        said, log_p = captioner.speak(images, n, seed=seed, items=items, **speak)
+        if given is None:
+            said, log_p = captioner.speak(images, n, seed=seed, items=items, **speak)
+        else:
+            said = given
+            log_p = [cycle.read(captioner, [image] * len(captions), captions)
+                     for image, captions in zip(images, given)]
         for image, item, captions, total in zip(images, items, said, log_p):
-            found = judged(captioner, generator, image, captions, item, total, seed, draws,
+            found = judged(captioner, generator, [image], captions, item, total, seed, draws,
                            draw.get("batch", 16))
-            groups.append(rows_of(captions, [None] * n, *found))
-    else:
+            groups.append(rows_of(captions, [None] * len(captions), *found))
+    elif given is None:
         talk = cycle.image_text_image(captioner, generator, images, n, likeness, seed, items,
                                       speak, draw)
         groups = rows_of_talk(talk, captioner)
+    else:                                        # of any number each: one by one
+        for image, item, captions in zip(images, items, given):
+            talk = cycle.image_text_image(captioner, generator, [image], None, likeness, seed,
+                                          [item], None, draw, [captions])
+            groups += rows_of_talk(talk, captioner)
     if clip:                                     # the baseline without a cycle
         for image, rows in zip(images, groups):
             put(rows, "clipscore", clip.score(image[None], [row["caption"] for row in rows]))
     if scorer == "both" and draw.get("steps", 50) > 0:
-        winners = [best_first(rows, default_score(rows))[0] for rows in groups]
-        captions = [row["caption"] for row in winners]
-        for row, picture in zip(winners, generator.draw(captions, items, seed, **draw)):
-            row["picture"] = picture
+        winners = [best_first(rows, default_score(rows, IMAGE, by))[0] for rows in groups]
+        draw_rows(winners, items, generator, seed, draw)
     return groups
 
 
 def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
-                 seed=0, draws=12, speak=None, draw=None):
+                 seed=0, draws=12, speak=None, draw=None, given=None):
     """n pictures (3, H, W) of each text with their scores: n rows an item. By `both` the caption of
-    a row is the text; by `full` what the captioner read. likeness: as in cycle.text_image_text; the
-    rest as above."""
+    a row is the text; by `full` what the captioner read. likeness: as in cycle.text_image_text;
+    given: B lists of pictures that exist, of any number and size each; the rest as above."""
     speak, draw = speak or {}, draw or {}
     groups = []
     if scorer == "both":
-        wanted = [text for text in texts for _ in range(n)]
-        each = [(item, j) for item in items for j in range(n)]    # what the noise of each hangs on
-        drawn = generator.draw(wanted, each, seed, **draw)                     # (B n, 3, H, W)
-        for text, item, pictures in zip(texts, items, drawn.split(n)):
-            total = captioner.likelihood(pictures, [text] * n)
+        drawn = given
+        if given is None:
+            wanted = [text for text in texts for _ in range(n)]
+            each = [(item, j) for item in items for j in range(n)]    # what its noise hangs on
+            drawn = generator.draw(wanted, each, seed, **draw).split(n)
+        for text, item, pictures in zip(texts, items, drawn):
+            total = cycle.read(captioner, pictures, [text] * len(pictures))
             found = judged(captioner, generator, pictures, [text], item, total, seed, draws,
                            draw.get("batch", 16))
-            groups.append(rows_of([text] * n, pictures, *found))
-    else:
+            groups.append(rows_of([text] * len(pictures), pictures, *found))
+    elif given is None:
         talk = cycle.text_image_text(captioner, generator, texts, n, likeness, seed, items, speak,
                                      draw)
         groups = rows_of_talk(talk, captioner)
+    else:
+        for text, item, pictures in zip(texts, items, given):
+            talk = cycle.text_image_text(captioner, generator, [text], None, likeness, seed,
+                                         [item], speak, None, [pictures])
+            groups += rows_of_talk(talk, captioner)
     if clip:
         for text, rows in zip(texts, groups):
-            pictures = torch.stack([row["picture"] for row in rows])
-            put(rows, "clipscore", clip.score(pictures, [text]))
+            pictures = [row["picture"] for row in rows]
+            scores = [math.nan if x is None else float(clip.score(x[None], [text])[0])
+                      for x in pictures]
+            put(rows, "clipscore", scores)
     return groups
+
+
+def draw_rows(rows, items, generator, seed, draw):
+    """Draws the captions of rows, each of another item, all from their items' noise."""
+    captions = [row["caption"] for row in rows]
+    for row, picture in zip(rows, generator.draw(captions, items, seed, **draw)):
+        put_picture(row, picture)
 
 
 def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12, batch=16):
     """What both models say of n candidates, one image (3, H, W) and n captions or n images and one
     caption: {score: (n,)}, their standard errors, and those of the differences to the best.
 
-    log_p (n,): log-likelihoods; the generator's noises are those of cycle.noises.
+    log_p (n,): log-likelihoods; the generator's noises are those of cycle.noises. A candidate whose
+    loss is no number has scores of nan, and no part in those of the others.
     """
     timesteps, noise = cycle.noises(generator, draws, seed, item)
-    loss = losses.score(generator, images, captions, timesteps, noise, batch)  # (draws, n)
+    parts = []
+    for i in range(0, max(len(images), len(captions)), batch):
+        some = images if len(images) == 1 else images[i:i + batch]
+        said = captions if len(captions) == 1 else captions[i:i + batch]
+        parts.append(losses.score(generator, some, said, timesteps, noise, batch,
+                                  empty=len(images) > 1))
+    loss = torch.cat(parts, 1)                                         # (draws, n)
     mean, error = losses.mean_and_error(loss)
     scores = {"denoise": -mean} | likelihoods(captioner, captions, log_p)
     unit = {"denoise": 1.0}
     if "per_token" in scores:
-        scores = {"both": losses.both(scores["per_token"], mean)} | scores
-        unit["both"] = float(mean.std(correction=0)) or 1.0       # of denoise, in z: losses.both
+        fine = (mean + scores["per_token"]).isfinite()
+        total = torch.full_like(mean, torch.nan)
+        total[fine] = losses.both(scores["per_token"][fine], mean[fine])
+        scores = {"both": total} | scores
+        unit["both"] = float(mean[fine].std(correction=0)) or 1.0      # of denoise, in z
     errors, gaps = {}, {}
     for name, spread in unit.items():
-        best = loss[:, [int(scores[name].argmax())]]
+        best = loss[:, [int(scores[name].nan_to_num(-torch.inf).argmax())]]
         errors[name] = error / spread
         gaps[name] = losses.mean_and_error(loss - best)[1] / spread
     return scores, errors, gaps
@@ -128,8 +191,10 @@ def rows_of(captions, pictures, scores, errors=None, gaps=None):
     """n candidates -> n rows; numbers to six digits, nan as None."""
     rows = []
     for caption, picture in zip(captions, pictures):
-        rows.append({"caption": caption, "picture": picture, "scores": {}, "errors": {},
-                     "gaps": {}})
+        row = {"caption": caption, "picture": None, "scores": {}, "errors": {}, "gaps": {}}
+        if picture is not None:
+            put_picture(row, picture)
+        rows.append(row)
     for kind, columns in (("scores", scores), ("errors", errors), ("gaps", gaps)):
         for name, values in (columns or {}).items():
             put(rows, name, values, kind)
@@ -142,35 +207,64 @@ def put(rows, name, values, kind="scores"):
         row[kind][name] = None if math.isnan(value) else round(float(value), 6)
 
 
+def put_picture(row, picture):
+    """A picture (3, H, W) into its row; in place of one that is not finite, the mark `nan`."""
+    row["picture"] = picture if bool(picture.isfinite().all()) else None
+    if row["picture"] is None:
+        row["nan"] = True
+
+
 # ---------------------------------------------------------------- kept in a file
-def keep(item, rows, direction, seed, generator, out):
-    """Appends an item's lines to candidates.jsonl, once its pictures are saved."""
-    given = str(item.path) if direction == IMAGE else item.captions[0]
+def keep(item, rows, direction, seed, generator, out, given=None):
+    """Appends an item's lines to candidates.jsonl, once its pictures are saved. given: the mark of
+    its candidates, where they existed; their pictures are then files."""
     prefix = None if direction == IMAGE else "sentence"
+    source = str(item.path) if direction == IMAGE else item.captions[0]
     cut = [False] * len(rows)
     if hasattr(generator, "too_long"):           # which captions it did not read to the end
-        drawn = [row["caption"] if direction == IMAGE else given for row in rows]
+        drawn = [row["caption"] if direction == IMAGE else source for row in rows]
         cut = generator.too_long(drawn)
     lines = []
     for j, row in enumerate(rows):
-        if row["picture"] is not None:
-            name = f"pictures/{data.picture_name(item.name, j, prefix)}.png"
-            data.save_image(row["picture"], out / name)
-            row["picture"] = name
-        lines.append({"item": item.name, "direction": direction, "candidate": j, "input": given,
-                      "seed": seed, "cut": cut[j], **row})
+        if isinstance(row["picture"], torch.Tensor):
+            save_picture(row, data.picture_name(item.name, j, prefix), out)
+        line = {"item": item.name, "direction": direction, "candidate": j, "of": len(rows),
+                "input": source, "seed": seed, "cut": cut[j], **row}
+        if given:
+            line["given"] = given
+        lines.append(line)
     data.append_rows(out / "candidates.jsonl", lines)
 
 
-def finished(out, n):
-    """{item: its n rows} of candidates.jsonl; an item with fewer is done again."""
+def save_picture(row, name, out):
+    """A row's picture (3, H, W) as a file beside the rows; the row then has its name."""
+    path = f"pictures/{name}.png"
+    data.save_image(row["picture"], out / path)
+    row["picture"] = path
+
+
+def draw_later(rows, generator, seed, draw, out):
+    """Draws lines of candidates.jsonl that were not drawn, and saves the pictures."""
+    draw_rows(rows, [row["item"] for row in rows], generator, seed, draw)
+    for row in rows:
+        if row["picture"] is not None:
+            save_picture(row, data.picture_name(row["item"], row["candidate"]), out)
+
+
+def finished(out, n, marks=None):
+    """{item: its rows} of candidates.jsonl, as many as each line says (`of`; else n). An item that
+    a kill left with fewer is done again, as is one whose given candidates are others now (marks:
+    {item: mark})."""
     found = {}
     for row in data.read_rows(out / "candidates.jsonl"):
-        found.setdefault(row["item"], {})[row["candidate"]] = row
+        if row["candidate"] == 0:                # an item's lines are written at once, in order
+            found[row["item"]] = []
+        found.setdefault(row["item"], []).append(row)
     done = {}
     for item, rows in found.items():
-        if len(rows) == n:
-            done[item] = [rows[j] for j in range(n)]
+        mark = (marks or {}).get(item, rows[0].get("given"))
+        if len(rows) == rows[0].get("of", n) and mark == rows[0].get("given"):
+            done[item] = rows
     return done
 
 
@@ -181,10 +275,12 @@ def score_of(row, name):
     return -math.inf if score is None else score
 
 
-def default_score(rows):
-    """What ranks rows by themselves: both models, else the generator, else the first score."""
+def default_score(rows, direction, by=None):
+    """The score that ranks: `by`, else that of RANKS, else the first. ValueError for no score."""
     names = rows[0]["scores"]
-    return next((name for name in ("both", "denoise") if name in names), next(iter(names)))
+    if by and by not in names:
+        raise ValueError(f"no score {by!r}: there are {', '.join(names)}")
+    return next(name for name in (by, RANKS[direction], "denoise", *names) if name in names)
 
 
 def best_first(rows, name):
@@ -199,6 +295,60 @@ def rank(rows):
     for name in rows[0]["scores"]:
         for place, row in enumerate(best_first(rows, name)):
             row["rank"][name] = place
+
+
+# ---------------------------------------------------------------- why the first wins
+def behind(rows, by):
+    """[(place, how far it lies behind the first, the standard error of that or None)] of the others
+    that have a score; the second has place 2. rows: best first."""
+    out, first = [], rows[0]["scores"].get(by)
+    for place, row in enumerate(rows[1:], 2):
+        if row["scores"].get(by) is not None:
+            out.append((place, first - row["scores"][by], row.get("gaps", {}).get(by)))
+    return out
+
+
+def tied(rows, by):
+    """The places of those that are as good as the first, within the error of the difference."""
+    return {place for place, apart, error in behind(rows, by) if apart <= (error or 0)}
+
+
+def reason(rows, by):
+    """Why the first wins, in words."""
+    if rows[0]["scores"].get(by) is None:
+        return f"no winner, as no candidate has a score by {by}"
+    others, ties, said = behind(rows, by), tied(rows, by), []
+    equal = [place for place, apart, _ in others if apart == 0]
+    near = [x for x in others if x[0] in ties and x[0] not in equal]
+    beyond = [x for x in others if x[0] not in ties]
+    if equal:
+        said.append(f"equal to {listed(equal)}, a tie")
+    if near:
+        _, apart, error = near[0]
+        places = listed([place for place, *_ in near])
+        said.append(f"+{apart:.3f}, within its error of {error:.3f}: a tie with {places}")
+    if beyond:
+        place, apart, error = beyond[0]
+        error = "" if error is None else f", beyond its error of {error:.3f}"
+        said.append(f"+{apart:.3f} before {place}{error}")
+    return "; ".join(said) or "the only one that has a score"
+
+
+def listed(places):
+    """Numbers as words: 2, 3 and 5."""
+    *most, last = map(str, places)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def with_reason(rows, by):
+    """The rows, which are best first; in the first `why` it wins, in those that are as good as it
+    `tie`, and in all others with a score `behind`: how far, and the standard error of that."""
+    out = [dict(row) for row in rows]
+    out[0]["why"] = reason(rows, by)
+    for place, apart, error in behind(rows, by):
+        out[place - 1]["behind"] = apart, error
+        out[place - 1]["tie"] = apart <= (error or 0)
+    return out
 
 
 # ---------------------------------------------------------------- words
@@ -228,68 +378,3 @@ def explain(rows, generator, draws, seed, batch, out):
         row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
         kept = {name: row[name] for name in ("item", "caption", "picture", "words")}
         data.append_rows(out / "words.jsonl", [kept])
-
-
-# ---------------------------------------------------------------- pairs of preferences
-def write_pairs(kind, groups, by, margin, folder):
-    """Writes preference pairs into `folder` and returns the line to say about them. A pair is every
-    two different candidates of an item whose scores `by` lie more than `margin` apart; nearer ones
-    are ties. The order of candidates changes nothing. groups: {item: rows of candidates.jsonl}.
-
-    trl: pairs.jsonl, rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them for
-    vision-language models. diffusion: pairs.parquet, columns caption, jpg_0, jpg_1 (encoded
-    pictures), label_0, label_1, as Diffusion-DPO reads Pick-a-Pic.
-    """
-    direction = next(iter(groups.values()))[0]["direction"]
-    if (kind == "trl") != (direction == IMAGE):
-        raise ValueError(f"--pairs {kind}: trl compares captions of a picture, diffusion pictures "
-                         "of a sentence")
-    content = "caption" if kind == "trl" else "picture"
-    rows, ties, equal, without = [], 0, 0, 0
-    for candidates in groups.values():
-        scored = [row for row in candidates if row["scores"].get(by) is not None]
-        without += len(candidates) - len(scored)
-        different = {row[content]: row for row in reversed(scored)}
-        equal += len(scored) - len(different)
-        order = best_first([different[key] for key in sorted(different)], by)
-        for better, worse in itertools.combinations(order, 2):
-            gap = better["scores"][by] - worse["scores"][by]
-            if gap <= margin:
-                ties += 1
-                continue
-            pair = trl_pair(better, worse) if kind == "trl" else dpo_pair(better, worse, folder)
-            rows.append(pair | {"margin": gap})
-    path = folder / ("pairs.jsonl" if kind == "trl" else "pairs.parquet")
-    if kind == "trl":
-        data.write_rows(path, rows)
-    elif rows:
-        write_parquet(path, rows)
-    line = (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {margin:g} "
-            f"apart) left out, {equal} candidates equal to another one")
-    return f"{line}, {without} without a score" if without else line
-
-
-def trl_pair(better, worse):
-    question = [{"type": "image"}, {"type": "text", "text": "Describe this picture."}]
-    answers = []
-    for row in (better, worse):
-        content = [{"type": "text", "text": row["caption"]}]
-        answers.append([{"role": "assistant", "content": content}])
-    return {"images": [str(Path(better["input"]).resolve())],
-            "prompt": [{"role": "user", "content": question}],
-            "chosen": answers[0], "rejected": answers[1]}
-
-
-def dpo_pair(better, worse, folder):
-    first, second = ((folder / row["picture"]).read_bytes() for row in (better, worse))
-    return {"caption": better["input"], "jpg_0": first, "jpg_1": second, "label_0": 1.0,
-            "label_1": 0.0}
-
-
-def write_parquet(path, rows):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)

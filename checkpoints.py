@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import data
+import loading
 from captioners import CAPTIONERS, Captioner
 from generators import GENERATORS, Generator
-from loading import load_trained
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("captioner", "generator")
@@ -94,11 +93,10 @@ def unfreeze(captioner, generator, which, names, own=None):
 # ---------------------------------------------------------------- the file
 def save(out, step, trained, adam, settings, content):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     libraries = ("torch", "transformers", "diffusers")
     about = {"step": step, "data": content, "settings": settings,
              "versions": {name: importlib.metadata.version(name) for name in libraries},
-             "commit": git.stdout.strip() or None}
+             "commit": commit()}
     tensors = {}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
@@ -108,7 +106,7 @@ def save(out, step, trained, adam, settings, content):
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, new, {"header": json.dumps(about)})
-        with open(new, "rb") as f:
+        with open(new, "rb+") as f:              # Windows syncs only what may be written
             os.fsync(f.fileno())
         os.replace(new, out / "checkpoint.safetensors")
         data.write_text(out / "checkpoint.json", json.dumps(about, indent=2) + "\n")
@@ -118,21 +116,29 @@ def save(out, step, trained, adam, settings, content):
                          "whole") from e
 
 
+def commit():
+    """The commit of this code, or None."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        said = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
+    except OSError:                              # there is no git on this machine
+        return None
+    return said.strip() or None
+
+
 def header(out):
     """{step, data, settings, versions, commit} of the checkpoint in a folder, or one sentence."""
     path = out / "checkpoint.safetensors"
     try:
-        with safe_open(path, "pt") as f:
-            about = json.loads(f.metadata()["header"])
+        about = loading.header(path)
         kinds = [type(about[k]) for k in ("step", "data", "settings")]
         if kinds != [int, str, dict] or about["step"] < 1:
-            raise ValueError("not of a run")
-        for key, neutral in RETIRED.items():
-            if about["settings"].get(key, ...) == neutral:
-                del about["settings"][key]
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path}: no checkpoint to go on from ({type(e).__name__}); give --out "
-                         "its folder") from e
+            raise ValueError("its header is not of a run")
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: no checkpoint to go on from ({e})") from e
+    for key, neutral in RETIRED.items():
+        if about["settings"].get(key, ...) == neutral:
+            del about["settings"][key]
     return about
 
 
@@ -158,6 +164,8 @@ def restore(out, trained, adam, settings, content):
         parameter.data.copy_(weight)
         step = torch.tensor(float(about["step"]))
         adam.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+    known = {key: settings[key] for key in ("captioner", "generator", "losses", "lr", "batch")}
+    data.say(f"finetune.py: {out} goes on after step {about['step']}: {typed(known)}")
     return about["step"]
 
 
@@ -165,7 +173,7 @@ def export(out, captioner, generator, folder):
     """Writes both models, with their trained weights, as stock directories."""
     captioner = Captioner.load(captioner, "cpu")
     generator = Generator.load(generator, "cpu")
-    count = load_trained(out, captioner, generator)
+    count = loading.load_trained(out, captioner, generator)
     captioner.save(folder / "captioner")
     generator.pipe.save_pretrained(folder / "generator")
     print(f"finetune.py: {count} trained tensors; {folder}/captioner and {folder}/generator are "
@@ -211,7 +219,18 @@ def foreign(settings):
 
 def typed(settings):
     """Settings as they are typed."""
-    return " ".join(f"--{key} {shlex.quote(value)}" for key, value in settings.items())
+    words = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{key}", *map(str, values)]
+    return shlex.join(words)
+
+
+def again(out, settings, device, processes):
+    """The command that goes on with a run, as it is typed."""
+    launch = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    places = {"out": str(out)} | ({"device": device} if device else {}) | foreign(settings)
+    return f"{launch} finetune.py --resume {typed(places)}"
 
 
 def refuse(unsaid, out, argv):
@@ -223,3 +242,25 @@ def refuse(unsaid, out, argv):
     raise ValueError(f"{out} was trained with {typed(unsaid)}: what a file names is not followed "
                      "unasked. Say the same, or where it lies now: "
                      f"python finetune.py {shlex.join(argv)} {typed(unsaid)}")
+
+
+# ---------------------------------------------------------------- what a person looks at
+def plot(out, names):
+    """log.png: each loss of log.jsonl by step, and of the held-out samples. Without matplotlib, a
+    line in its place."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("finetune.py: no log.png: pip install matplotlib")
+        return
+    rows = data.read_rows(out / "log.jsonl")
+    held = [row["held"] | {"step": row["step"]} for row in rows if "held" in row]
+    lines = ("trained on", rows, "-"), ("held out", held, "o-")
+    figure = Figure(figsize=(3.4 * len(names), 3), layout="constrained")
+    for name, axis in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+        for label, some, style in lines:
+            points = [(row["step"], row[name]) for row in some if row.get(name) is not None]
+            axis.plot(*zip(*points), style, label=label)
+        axis.set(title=name, xlabel="step")
+    axis.legend()
+    figure.savefig(out / "log.png", dpi=110)

@@ -27,10 +27,11 @@ class Talk:
     """What came of a conversation over B items with n candidates each.
 
     image -> text -> image: captions[b] are candidates, images (B, n, 3, H, W) their drawings.
-    text -> image -> text: images (B, n, 3, H, W) are candidates, captions[b] what was read.
+    text -> image -> text: images (B, n, 3, H, W) are candidates, captions[b] what was read; images
+    that were given are as they were given. What hangs on a picture that is not finite is nan.
     """
     captions: list
-    images: torch.Tensor
+    images: torch.Tensor | list
     likelihood: torch.Tensor                     # (B, n) log p(caption | image it was read from)
     scores: dict = field(default_factory=dict)   # likeness -> (B, n) float64, higher = more alike
 
@@ -43,18 +44,25 @@ class Talk:
 
 
 def image_text_image(captioner, generator, images, n=10, likeness=None, seed=0, items=None,
-                     speak=None, draw=None):
+                     speak=None, draw=None, captions=None):
     """Image -> n captions -> a picture of each -> how alike picture and image are (Section 3.1,
     Fig. 2 left): Talk.
 
     images: list of B (3, H, W) or one (B, 3, H, W); items: B names or numbers that chance hangs on
     (default 0, 1, ...); likeness: {name: f(pictures (n, 3, h, w), image (1, 3, H, W)) -> (n,)};
-    speak, draw: more arguments of the speakers. All candidates of an item are drawn from the same
-    noise; equal captions are drawn once.
+    speak, draw: more arguments of the speakers; captions: B lists of as many that exist, which the
+    captioner only reads. All candidates of an item are drawn from the same noise; equal captions
+    are drawn once.
     """
     if items is None:
         items = list(range(len(images)))
-    captions, likelihood = captioner.speak(images, n, seed=seed, items=items, **speak or {})
+    if captions is None:
+        captions, likelihood = captioner.speak(images, n, seed=seed, items=items, **speak or {})
+    else:
+        likelihood = []
+        for image, row in zip(images, captions):
+            likelihood.append(read(captioner, [image] * len(row), row))
+        likelihood = torch.stack(likelihood)
 
     # every different caption of an item is drawn once
     wanted = {}
@@ -69,33 +77,59 @@ def image_text_image(captioner, generator, images, n=10, likeness=None, seed=0, 
 
     scores = {}
     for name, f in (likeness or {}).items():
-        rows = [torch.as_tensor(f(d, image[None])).double() for d, image in zip(drawings, images)]
+        rows = []
+        for pictures, image in zip(drawings, images):
+            row = torch.as_tensor(f(pictures.nan_to_num(0, 1, 0), image[None])).double()
+            rows.append(torch.where(finite(pictures), row, torch.nan))
         scores[name] = torch.stack(rows)
     return Talk(captions, torch.stack(drawings), likelihood, scores)
 
 
 def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0, items=None,
-                    speak=None, draw=None):
+                    speak=None, draw=None, pictures=None):
     """Text -> n pictures -> the caption of each, by beam search -> how alike caption and text are
     (Fig. 2 right): Talk.
 
     likeness: {name: f(captions: n strings, texts: n strings) -> (n,)}; candidate j of an item has
-    the noise of (seed, item, j).
+    the noise of (seed, item, j). pictures: B lists of as many (3, H, W) of any size that exist:
+    nothing is drawn.
     """
     if items is None:
         items = list(range(len(captions)))
-    texts = [caption for caption in captions for _ in range(n)]
-    noises_of = [(item, j) for item in items for j in range(n)]
-    drawn = generator.draw(texts, items=noises_of, seed=seed, **draw or {})     # (B n, 3, H, W)
-    read, likelihood = captioner.speak(drawn, 1, **{"way": "beam"} | (speak or {}))
-    read = [row[0] for row in read]
-    rows = [read[i:i + n] for i in range(0, len(read), n)]
+    if pictures is None:
+        texts = [caption for caption in captions for _ in range(n)]
+        noises_of = [(item, j) for item in items for j in range(n)]
+        drawn = generator.draw(texts, items=noises_of, seed=seed, **draw or {})  # (B n, 3, H, W)
+        pictures = drawn.unflatten(0, (len(captions), n))
+    else:
+        n = len(pictures[0])
+        drawn = [picture for row in pictures for picture in row]
+    fine = finite(drawn)                                                        # (B n,)
+    seen = [picture.nan_to_num(0, 1, 0) for picture in drawn]
+    heard, likelihood = captioner.speak(seen, 1, **{"way": "beam"} | (speak or {}))
+    heard = [row[0] for row in heard]
+    rows = [heard[i:i + n] for i in range(0, len(heard), n)]
 
     scores = {}
     for name, f in (likeness or {}).items():
         found = [torch.as_tensor(f(row, [text] * n)).double() for row, text in zip(rows, captions)]
-        scores[name] = torch.stack(found)
-    return Talk(rows, drawn.unflatten(0, (len(captions), n)), likelihood.view(-1, n), scores)
+        scores[name] = torch.where(fine.view(-1, n), torch.stack(found), torch.nan)
+    likelihood = torch.where(fine, likelihood.flatten(), torch.nan).view(-1, n)
+    return Talk(rows, pictures, likelihood, scores)
+
+
+def finite(pictures):
+    """Which of n pictures (3, H, W) have numbers everywhere: (n,) bool. In half precision some
+    decoders run over."""
+    return torch.tensor([bool(picture.isfinite().all()) for picture in pictures])
+
+
+def read(captioner, images, captions, batch=16):
+    """log p(caption | image) in nats, (n,), of n captions with an image each; `batch` at once."""
+    parts = []
+    for i in range(0, len(captions), batch):
+        parts.append(captioner.likelihood(images[i:i + batch], captions[i:i + batch]))
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- chance

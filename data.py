@@ -8,36 +8,45 @@ A set is a folder; what lies in it says what it is:
     dataset_coco.json                     Karpathy's schema: splits train (with restval), val, test
     coco_karpathy_{train,val,test}.json   BLIP's schema of the same splits
     nocaps_val_4500_captions.json         NoCaps validation: splits in, near, out; nocaps is all
-    metadata.jsonl                        diffusers' imagefolder: file_name, text; a row a caption
-    anything else                         every picture below the folder, without captions
+    anything else                         every picture below it; captions and splits by `folder`
 
     python data.py coco --root data/coco                # checks what is there, and prints the
     python data.py nocaps --root data/nocaps            # commands that fetch what is not
 
-Copy this file alone: it needs torch, numpy and pillow.
+Copy this file with pictures.py: it needs torch.
 """
 import argparse
+import csv
+import functools
 import hashlib
+import io
 import json
+import mimetypes
 import os
 import shlex
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+
+from pictures import SUFFIXES, as_picture, pixels
 
 SETS = {"miniature": Path(__file__).resolve().parent / "miniature/data"}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DOMAINS = {"in": "in-domain", "near": "near-domain", "out": "out-domain"}
 NOCAPS = "nocaps_val_4500_captions.json"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+         "dev": "val", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+HELD = 10                                        # of a folder without PARTS, one in so many is held
 
 
 @dataclass
 class Item:
-    """A picture of a set: its name, which is unique in the set, and for NoCaps its domain."""
+    """A picture of a set: its name, which is unique in the split that was read, and for NoCaps its
+    domain. Chance and the names of files hang on the name: the set's own number; of those that
+    share one, and in a folder, the path below it."""
     name: str
     path: Path
     captions: list = field(default_factory=list)
@@ -50,21 +59,38 @@ def default_split(root):
     return "nocaps" if (Path(SETS.get(root, root)) / NOCAPS).exists() else "test"
 
 
-def read(root, split="test"):
-    """The items of a split, in the order of the file. Raises ValueError with what is missing."""
+def read(root, split=None):
+    """The items of a split, in the order of the file. Without one: all pictures of a folder; of a
+    public set, the split it is evaluated on. Raises ValueError with what is missing, or wrong."""
     root = Path(SETS.get(root, root))
     if not root.is_dir():
         raise ValueError(f"no data set at {root}: give --data the folder that holds it, or one of "
                          f"{', '.join(SETS)}")
-    if split in ("nocaps", *DOMAINS):
-        return nocaps(root, split)
-    if (root / "dataset_coco.json").exists():
-        return karpathy(root, split)
-    if (root / f"coco_karpathy_{split}.json").exists():
-        return blip(root, split)
-    if any(root.glob("coco_karpathy_*.json")):
-        raise ValueError(f"{root} has no coco_karpathy_{split}.json: splits are train, val, test")
-    return folder(root)
+    public = split or default_split(root)
+    try:
+        if public in ("nocaps", *DOMAINS):
+            items = nocaps(root, public)
+        elif (root / "dataset_coco.json").exists():
+            items = karpathy(root, public)
+        elif any(root.glob("coco_karpathy_*.json")):
+            items = blip(root, public)
+        else:
+            items = folder(root, split)
+    except (KeyError, TypeError, AttributeError, csv.Error) as e:
+        raise ValueError(f"{root}: its captions have an odd row ({type(e).__name__}: {e})") from e
+    return named_apart(items, root)
+
+
+def named_apart(items, root):
+    """The items; those that share a name are named by their paths below root."""
+    shared = Counter(item.name for item in items)
+    for item in items:
+        if shared[item.name] > 1:
+            item.name = item.path.as_posix().removeprefix(f"{root.as_posix()}/")
+    for name, count in Counter(item.name for item in items).items():
+        if count > 1:
+            raise ValueError(f"{root}: {name} is listed {count} times: keep one")
+    return items
 
 
 def karpathy(root, split):
@@ -73,12 +99,13 @@ def karpathy(root, split):
     path = root / "dataset_coco.json"
     wanted = ("train", "restval") if split == "train" else (split,)
     items, splits = [], set()
-    for row in load_json(path)["images"]:
+    for number, row in enumerate(load_json(path)["images"], 1):
         splits.add(row["split"])
         if row["split"] in wanted:
             name = str(row["cocoid"] if "cocoid" in row else row["imgid"])
             picture = root / row.get("filepath", "") / row["filename"]
-            items.append(Item(name, picture, [one_line(s["raw"]) for s in row["sentences"]]))
+            said = captions_of(row["sentences"], f"{path}, row {number}")
+            items.append(Item(name, picture, said))
     if not items:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
     return items
@@ -87,55 +114,43 @@ def karpathy(root, split):
 def blip(root, split):
     """coco_karpathy_{split}.json: rows {image, caption}; train has a row a caption, val and test a
     list of captions."""
+    path = root / f"coco_karpathy_{split}.json"
     items = {}
-    for row in load_json(root / f"coco_karpathy_{split}.json"):
-        number = Path(row["image"]).stem.rsplit("_", 1)[-1].lstrip("0")
-        name = str(row.get("image_id", number)).removeprefix("coco_")
+    for number, row in enumerate(load_json(path), 1):
+        digits = Path(row["image"]).stem.rsplit("_", 1)[-1]
+        name = str(row.get("image_id", digits.lstrip("0") or "0")).removeprefix("coco_")
         item = items.setdefault(row["image"], Item(name, root / row["image"]))
-        captions = row["caption"]
-        if isinstance(captions, str):
-            captions = [captions]
-        item.captions += map(one_line, captions)
+        item.captions += captions_of(row["caption"], f"{path}, row {number}")
     return list(items.values())
 
 
 def nocaps(root, split="nocaps"):
     """NoCaps' file: images[].{id, file_name, domain}, annotations[].{image_id, caption}."""
-    found = load_json(root / NOCAPS)
+    path = root / NOCAPS
+    found = load_json(path)
     if "annotations" not in found:
-        raise ValueError(f"{root / NOCAPS} lists files without captions; that of {NOCAPS} has them")
+        raise ValueError(f"{path} lists files without captions; that of {NOCAPS} has them")
     captions = {}
-    for row in found["annotations"]:
-        captions.setdefault(row["image_id"], []).append(one_line(row["caption"]))
+    for number, row in enumerate(found["annotations"], 1):
+        said = captions_of(row["caption"], f"{path}, annotation {number}")
+        captions.setdefault(row["image_id"], []).extend(said)
     items = []
     for row in found["images"]:
-        if split == "nocaps" or row["domain"] == DOMAINS[split]:
+        domain = row.get("domain")
+        if split == "nocaps" or domain == DOMAINS[split]:
             said = captions.get(row["id"], [])
-            items.append(Item(str(row["id"]), root / row["file_name"], said, row["domain"]))
+            items.append(Item(str(row["id"]), root / row["file_name"], said, domain))
     return items
 
 
-def folder(root):
-    """Every picture below a folder, sorted; captions from metadata.jsonl where there is one."""
-    captions = {}
-    for row in read_rows(root / "metadata.jsonl"):
-        if not {"file_name", "text"} <= row.keys():
-            raise ValueError(f"{root / 'metadata.jsonl'}: expected rows with file_name and text, "
-                             f"one has {', '.join(row)}")
-        said = [row["text"]] if isinstance(row["text"], str) else row["text"]
-        if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
-            raise ValueError(f"{root / 'metadata.jsonl'}: text of {row['file_name']} is no string "
-                             "and no list of them")
-        captions.setdefault(row["file_name"], []).extend(map(one_line, said))
-    items = []
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            name = path.relative_to(root).as_posix()
-            items.append(Item(name, path, captions.get(name, [])))
-    if not items:
-        raise ValueError(f"no pictures in {root}: expected files ending in "
-                         f"{' '.join(sorted(SUFFIXES))}")
-    return items
+def captions_of(value, where):
+    """The captions of a row, each on one line: of a string, a list of strings, or of Karpathy's
+    {raw}. Raises ValueError, which begins with `where`, for anything else, such as null."""
+    said = value if isinstance(value, list) else [value]
+    said = [x.get("raw") if isinstance(x, dict) else x for x in said]
+    if not all(isinstance(x, str) for x in said):
+        raise ValueError(f"{where}: expected a caption or a list of them, not {ascii(value)[:60]}")
+    return [one_line(x) for x in said]
 
 
 def one_line(caption):
@@ -143,39 +158,90 @@ def one_line(caption):
     return " ".join(caption.split())
 
 
+# ---------------------------------------------------------------- anybody's folder
+def folder(root, split=None):
+    """Every picture below a folder, sorted, with captions and splits as `datasets` reads them.
+
+    Captions: rows of file_name and text (a string, or a list) in metadata.jsonl or metadata.csv,
+    which may lie in any folder; of a picture that no row names, the lines of the .txt beside it.
+    Splits: folders train, val, test. Without them val and test are one in HELD of the described
+    pictures, by a hash of its name: it stays there when others come. None, all: every picture.
+    """
+    files = [path for path in sorted(root.rglob("*"))
+             if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"]
+    known = dict.fromkeys(files)
+    for path in files:
+        if path.name in METADATA:
+            described(path, known)
+    items = []
+    for path in files:
+        if known[path] or path.suffix.lower() in SUFFIXES:
+            beside = path.with_suffix(".txt")
+            said = known[path] or (read_lines(beside) if beside in known else [])
+            items.append(Item(path.relative_to(root).as_posix(), path, said))
+        elif str(mimetypes.guess_type(path.name)[0]).startswith("image/"):
+            say(f"{root}: its {path.suffix} pictures are left out; Pillow does not read them")
+    if not items:
+        raise ValueError(f"no pictures in {root}, such as .jpg or .png")
+    return items if split in (None, "all") else of_split(items, split, root)
+
+
+def described(path, known):
+    """Puts the captions of a file of METADATA into known, {path: captions or None}."""
+    if path.suffix == ".parquet":
+        raise ValueError(f"{path} is not read here: write it as metadata.jsonl")
+    if path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(read_text(path)))
+    else:
+        rows = read_rows(path, whole=True)
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        if not {"file_name", "text"} <= row.keys():
+            raise ValueError(f"{where}: expected file_name and text, it has {[*row]}")
+        name = str(row["file_name"]).replace("\\", "/")
+        picture = path.parent / os.path.normpath(name)
+        if picture not in known:
+            raise ValueError(f"{where}: there is no file {name} in {path.parent}")
+        said = captions_of(row["text"] or None, where)
+        known[picture] = (known[picture] or []) + said
+
+
+def of_split(items, split, root):
+    """Those of a folder's items that are in a split, by `folder`'s rule."""
+    parts = {}
+    for item in items:
+        part = PARTS.get(item.name.partition("/")[0].lower(), "train")
+        parts.setdefault(part, []).append(item)
+    told = [item for item in items if item.captions]
+    if parts.keys() == {"train"}:
+        if not told:
+            return items                         # there is nothing to learn, or to compare
+        held = [item for item in told if int(picture_name(item.name)[-8:], 16) % HELD == 0]
+        say(f"{root}: {len(held)} of its {len(told)} described pictures, by a hash of their names, "
+            "are held out as val and test; --split all is every one")
+        names = {item.name for item in held}
+        rest = [item for item in items if item.name not in names]
+        parts = {"train": rest, "val": held, "test": held}
+    if not parts.get(split):
+        raise ValueError(f"{root} has no pictures in its split {split!r}, of {[*parts, 'all']}")
+    return parts[split]
+
+
 # ---------------------------------------------------------------- pictures
 def open_image(path):
-    """A picture file of any mode and orientation: float32 (3, H, W) in [0, 1].
-
-    EXIF orientation is applied, transparency is laid on white, 16-bit depth is scaled (not cut), of
-    an animation the first frame is taken. Raises ValueError naming the file where it is no picture.
-    """
+    """`pictures.pixels` of a file as float32 (3, H, W) in [0, 1]. ValueError where it is none."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):         # 16 bit: PIL's own conversion would cut at 255
-                deep = np.asarray(image).astype(np.float32)
-                top = 65535 if deep.max() > 255 else 255
-                image = Image.fromarray((deep / top * 255).round().astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            pixels = np.array(image.convert("RGB"))
+        return torch.from_numpy(pixels(path)).permute(2, 0, 1).contiguous()
     except FileNotFoundError as e:
         archive = Path(f"{Path(path).parent}.zip")
         raise ValueError(f"{path} is missing: {command(archive) or 'no such picture'}") from e
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path} is not a picture that can be read ({type(e).__name__})") from e
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def save_image(image, path):
     """Float (3, H, W) in [0, 1] -> a PNG of 8 bit, written beside and then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path.with_suffix(".tmp"), "PNG")
+    as_picture(image.permute(1, 2, 0).cpu().numpy()).save(path.with_suffix(".tmp"), "PNG")
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -183,7 +249,7 @@ def picture_name(name, index=None, prefix=None):
     """The stem of the file of what was drawn for an item, short and unique; prefix: in place of the
     beginning of its name; index: of the candidate."""
     stem = Path(name).stem[:40] if prefix is None else prefix
-    stem += "-" + hashlib.sha1(name.encode()).hexdigest()[:8]
+    stem += "-" + hashlib.sha1(name.encode(errors="surrogateescape")).hexdigest()[:8]
     return stem if index is None else f"{stem}-{index}"
 
 
@@ -194,17 +260,30 @@ def load_json(path):
     if not path.exists():
         raise ValueError(f"{path} is missing: {command(path) or 'put it there'}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path} is no JSON that can be read ({type(e).__name__})") from e
 
 
-def read_rows(path):
+def read_text(path):
+    """A text file of UTF-8, with or without its mark (BOM). Raises ValueError where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {e.start})") from e
+
+
+def read_lines(path):
+    """The lines of a text file that say something, as `one_line`. Only a line break ends a line."""
+    return [one_line(line) for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_rows(path, whole=False):
     """The rows of a JSON-lines file, [] where there is none. The beginning of a row, which a kill
-    leaves, is forgiven; any other line that is no row is a ValueError."""
+    leaves, is forgiven, unless it is to be whole; any other line that is no row is a ValueError."""
     path = Path(path)
     rows = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if path.exists() else []
     for number, line in enumerate(map(bytes.strip, lines), 1):
         if not line.strip(b"\0"):                # blank, or what a loss of power left
             continue
@@ -216,7 +295,7 @@ def read_rows(path):
         except ValueError as e:
             inner = isinstance(e, json.JSONDecodeError) and e.pos == len(e.doc)     # an inner }
             cut = line.startswith(b"{") and (inner or not line.endswith(b"}"))
-            if not cut:
+            if whole or not cut:
                 raise ValueError(f"{path}, line {number}: {e}") from e
     return rows
 
@@ -224,7 +303,7 @@ def read_rows(path):
 def append_rows(path, rows):
     """Rows at the end of a JSON-lines file by one write: several processes may add to it, and a
     kill cuts only the last line."""
-    new = as_lines(rows).encode()
+    new = as_lines(rows).encode(errors="backslashreplace")
     with open(path, "ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -238,6 +317,7 @@ def write_rows(path, rows):
 
 
 def as_lines(rows):
+    # where they are encoded, what UTF-8 can't hold of a file's name becomes an escape of JSON
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -246,7 +326,7 @@ def write_text(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_bytes(text.encode(errors="backslashreplace"))
     os.replace(beside, path)
 
 
@@ -269,6 +349,13 @@ def same_settings(folder, settings):
 def rank_and_world():
     """(this process's number, how many there are), as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@functools.cache
+def say(line):
+    """A line to stderr: once, and by one process of torchrun's."""
+    if rank_and_world()[0] == 0:
+        print(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the public sets

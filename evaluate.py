@@ -4,6 +4,8 @@
     python evaluate.py --captioner vitb --data data/nocaps  # Table 3 on NoCaps, by domain
     python evaluate.py --ckpt out/finetune                  # the same of a trained pair
     python evaluate.py --score captions.json --refs refs.json              # given captions
+    python evaluate.py --score captions.json --refs refs.json --images DIR # and their CLIPScore
+    python evaluate.py --compare a.json b.json --refs refs.json            # b - a, interval, p
     python evaluate.py --label-free --images DIR --captions captions.json  # without references
     python evaluate.py --findings out/full                  # Tables 1, 2, Figures 3, 4 of a rerank
 
@@ -11,10 +13,8 @@ Writes into --out: captions and pictures (kept: run again, it goes on), results.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
 The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
-import argparse
+import script  # isort: skip
 import json
-import math
-import re
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -25,6 +25,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
+import annotations
 import cycle
 import data
 import judges
@@ -35,13 +36,20 @@ import tables
 from captioners import Captioner
 from generators import Generator
 
-CHOICE = ("mean", "chosen", "oracle", "gain", "percent")
-SETTINGS = ("captioner", "generator", "ckpt", "data", "way", "steps", "guidance", "seed", "dtype")
+# what each job reads beside --out and --device; the first is what asks for it
+JOBS = {
+    "score": ("score", "refs", "images", "judges", "glove", "ci"),
+    "compare": ("compare", "refs", "images", "judges", "glove"),
+    "labelfree": ("labelfree", "images", "captions", "refs", "generator", "ckpt", "draws", "seed",
+                  "batch", "dtype"),
+    "findings": ("findings", "data", "split", "judges", "glove"),
+    "set": ("captioner", "generator", "ckpt", "data", "split", "limit", "only", "ci", "way",
+            "steps", "guidance", "seed", "batch", "judges", "glove", "inception", "dtype")}
+FREE = {"limit", "only", "ci", "batch", "judges", "glove", "inception"}     # as a folder goes on
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder, file.py:f")
     p.add_argument("--generator", help="sd14, folder, hub id, file.py:f; follows --captioner")
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder")
@@ -56,33 +64,69 @@ def flags(argv=None):
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
     p.add_argument("--batch", type=int, help="items at once; default 40, or 10 of real models")
     p.add_argument("--judges", help="miniature, hub, cache (what was fetched before), none, or a "
-                   "folder with clip, dino, sbert; default the models' own")
+                   "folder with clip, dino, sbert; default the models' own, of --images hub")
     p.add_argument("--glove", help="GloVe text file for WMD")
     p.add_argument("--inception", help="weights for FID and IS; default torch-fidelity's own")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="float32, float16 or bfloat16; default by device")
     p.add_argument("--score", type=Path, help="file of captions: COCO's results, {image: caption}")
+    p.add_argument("--compare", nargs=2, help="two such files of the same images")
     p.add_argument("--refs", type=Path, help="references: COCO, Karpathy, {image: [captions]}")
     p.add_argument("--labelfree", "--label-free", action="store_true", help="score --captions of "
-                   "--images by the generator's loss")
-    p.add_argument("--images", type=Path, help="folder of pictures for --label-free")
-    p.add_argument("--captions", type=Path, help="file of captions for it, as of --score")
+                   "--images by the generator's loss; --refs may name the files")
+    p.add_argument("--images", type=Path, help="folder of the pictures of --label-free, --score, "
+                   "--compare")
+    p.add_argument("--captions", type=Path, help="file of captions for --label-free, as of --score")
     p.add_argument("--draws", type=int, default=12, help="noises for each of them")
-    p.add_argument("--findings", type=Path, help="a rerank's folder; with its --data and --split")
-    p.add_argument("--out", type=Path, default=Path("out/evaluate"), help="what comes out")
+    p.add_argument("--findings", type=Path, help="a rerank's folder; it knows its set and split")
+    p.add_argument("--out", type=Path, help="what comes out; default out/evaluate, or a folder "
+                   "named after the files of the other jobs")
     args = p.parse_args(argv)
+    asked = [job for job in ("score", "compare", "labelfree", "findings") if getattr(args, job)]
+    args.job = (asked or ["set"])[0]
+    for name, value in vars(args).items():
+        if name not in {*JOBS[args.job], "out", "device", "job"} and value != p.get_default(name):
+            raise ValueError(f"--{name} does nothing with --{args.job}" if asked else
+                             f"--{name} does nothing without --score, --compare or --label-free")
+    if args.job in ("score", "compare") and not args.refs:
+        raise ValueError(f"--{args.job} needs --refs")
+    if args.job == "labelfree" and not (args.images and args.captions):
+        raise ValueError("--label-free needs --images and --captions")
+    if args.job == "set" and not args.data and args.captioner != "miniature":
+        raise ValueError(f"--captioner {args.captioner} needs --data, such as data/coco or "
+                         "data/nocaps")
+    return defaults(args)
+
+
+def defaults(args):
+    """The flags with what follows from others."""
+    for name in ("limit", "draws", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: it is at least 1")
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
-    args.judges = args.judges or ("none" if args.score else None)
-    args.batch = args.batch or (40 if small else 10)
-    args.data = args.data or ("miniature" if small else None)
-    if args.score and not args.refs:
-        p.error("--score needs --refs")
-    if args.labelfree and not (args.images and args.captions):
-        p.error("--label-free needs --images and --captions")
-    if args.data is None and not (args.score or args.labelfree):
-        p.error(f"--captioner {args.captioner} needs --data, such as data/coco or data/nocaps")
+    args.batch = args.batch or (40 if small and args.generator == "miniature" else 10)
+    if args.job in ("score", "compare"):
+        args.judges = args.judges or ("hub" if args.images else "none")
+    if args.job == "set":
+        args.judges = args.judges or judges.default_place(args.captioner, args.generator)
+        args.data = args.data or "miniature"
+        args.split = args.split or data.default_split(args.data)
+        args.limit = args.limit or (100 if args.data == "miniature" else None)
+    args.out = args.out or folder_of(args.job, args.score or args.captions, args.compare,
+                                     args.findings)
     return args
+
+
+def folder_of(job, captions, pair, rerank):
+    """Where a job's results go where --out does not say: beside nothing of another."""
+    if job == "compare":
+        return Path("out/compare", "-".join(Path(path).stem for path in pair))
+    if job == "findings":
+        return rerank / "findings"
+    if captions:
+        return Path("out", "label-free" if job == "labelfree" else job, captions.stem)
+    return Path("out/evaluate")
 
 
 # ---------------------------------------------------------------- the work that is kept
@@ -119,21 +163,22 @@ def batches(items, size, what):
 
 
 def readable(items):
-    """Names and pictures of the items whose pictures can be read; the others are told."""
-    names, images = [], []
+    """Items and pictures of those whose pictures can be read; the others are told."""
+    found, images = [], []
     for item in items:
         try:
             images.append(data.open_image(item.path))
-            names.append(item.name)
+            found.append(item)
         except ValueError as e:
             print(f"evaluate.py: skipped {e}", file=sys.stderr)
-    return names, images
+    return found, images
 
 
 def say(items, path, captioner, way, seed, batch):
     """A caption of each picture, appended to path: {item, caption}."""
     for some in batches(items, batch, "captions"):
-        names, images = readable(some)
+        found, images = readable(some)
+        names = [x.name for x in found]
         if names:
             said = captioner.speak(images, 1, way, seed, names)[0]
             data.append_rows(path, [{"item": n, "caption": c[0]} for n, c in zip(names, said)])
@@ -141,7 +186,7 @@ def say(items, path, captioner, way, seed, batch):
 
 def draw(items, path, generator, steps, guidance, seed, batch):
     """A picture of each first caption, appended to path: {item, cut, picture}; cut: the caption is
-    longer than the text encoder reads."""
+    longer than the text encoder reads; a picture that is no numbers is None."""
     for some in batches(items, batch, "images"):
         names = [x.name for x in some]
         captions = [x.captions[0] for x in some]
@@ -152,243 +197,214 @@ def draw(items, path, generator, steps, guidance, seed, batch):
         rows = []
         for name, long, image in zip(names, cut, made):
             file = f"pictures/{data.picture_name(name)}.png"
-            data.save_image(image, path.parent / file)
+            if image.isfinite().all():
+                data.save_image(image, path.parent / file)
+            else:
+                file = None
             rows.append({"item": name, "cut": long, "picture": file})
         data.append_rows(path, rows)
 
 
-# ---------------------------------------------------------------- captions without references
-def label_free(folder, said, generator, draws, seed, batch, notes):
-    """How much each caption, {image: captions}, helps the generator to denoise its picture:
-    score, standard error, mean of all. Nothing is drawn; all meet the same timesteps and noise."""
+def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
+    """Says and draws what is not done yet, each process its share. speakers: captioner and
+    generator by name, None where their table is not asked for; saying, drawing: more arguments of
+    `say` and `draw`."""
+    rank, world = data.rank_and_world()
+    if world > 1:                                              # the others wait for the slowest
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    unsaid = share(items, out, "captions") if speakers[0] else []
+    undrawn = share(items, out, "images") if speakers[1] else []
+    captioner = generator = None                               # both are there before the work
+    if unsaid:
+        captioner = Captioner.load(speakers[0], device, dtype)
+    if undrawn:
+        generator = Generator.load(speakers[1], device, dtype)
+    if ckpt:
+        loading.load_trained(ckpt, captioner, generator)
+    loading.record_revisions(out)
+    data.same_settings(out, settings)
+    if unsaid:
+        say(unsaid, out / f"captions-{rank}.jsonl", captioner, **saying)
+    if undrawn:
+        draw(undrawn, out / f"images-{rank}.jsonl", generator, **drawing)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- Tables 3 and 4
+def table_3(items, out, place, device, notes, glove, ci):
+    """{"captions": rows} of what was said of the items."""
+    rows = kept(out, "captions")
+    some = [x for x in items if x.name in rows]
+    if not some:
+        raise ValueError(f"none of the {len(items)} pictures could be read: nothing was evaluated")
+    if len(some) < len(items):
+        notes.append(f"{len(items) - len(some)} of {len(items)} pictures could not be read")
+    captions = [rows[x.name]["caption"] for x in some]
+    return {"captions": tables.of_captions(some, captions, place, device, notes, glove, ci)}
+
+
+def table_4(items, out, place, device, notes, inception, ci):
+    """{"images": rows} of what was drawn for the items."""
+    rows = kept(out, "images")
+    some = [x for x in items if rows.get(x.name, {}).get("picture")]
+    lost = [x.name for x in items if x not in some]
+    if lost:
+        notes.append(f"{len(lost)} of {len(items)} pictures came out as no numbers and are left "
+                     f"out (try --dtype float32): {', '.join(lost)}")
+    if not some:
+        raise ValueError(f"none of the {len(items)} pictures came out as numbers: nothing was "
+                         "evaluated; try --dtype float32")
+    cut = sum(rows[x.name].get("cut", False) for x in some)
+    if cut:
+        notes.append(f"{cut} captions are longer than the text encoder reads: drawn without their "
+                     "ends")
+    files = [out / rows[x.name]["picture"] for x in some]
+    return {"images": tables.of_pictures(some, files, place, device, notes, inception, ci)}
+
+
+# ---------------------------------------------------------------- captions of others
+def score(path, refs, images, place, device, notes, glove, ci):
+    """{"captions": rows} of a file of captions."""
+    items, (captions,) = annotations.matched([path], refs, notes, images)
+    pictures = images is not None
+    rows = tables.of_captions(items, captions, place, device, notes, glove, ci, pictures)
+    return {"captions": rows}
+
+
+def compare(paths, refs, images, place, device, notes, glove):
+    """{"compare": {"metric, domain": b - a}} of two files of captions."""
+    items, (a, b) = annotations.matched(paths, refs, notes, images)
+    rows = tables.compared(items, a, b, place, device, notes, glove, images is not None)
+    return {"compare": rows}
+
+
+def label_free(items, captions, generator, draws, seed, batch, notes):
+    """How much captions help the generator to denoise their pictures, those of items: score,
+    standard error, mean of all. Nothing is drawn; all meet the same timesteps and noise."""
     if not getattr(generator, "denoises", False):
         raise ValueError("--label-free wants a --generator like Stable Diffusion 1.x or 2.x")
-    items = [x for x in data.read(folder) if tables.key(x.name) in said]
-    tables.keys([x.name for x in items], folder)
+    said = dict(zip([x.name for x in items], captions))
     timesteps, noise = cycle.noises(generator, draws, seed)
     rows = []
     for some in batches(items, batch, "scores"):
-        names, images = readable(some)
-        if names:
-            captions = [said[tables.key(name)][-1] for name in names]
-            loss = losses.score(generator, images, captions, timesteps, noise, batch, empty=True)
+        found, images = readable(some)
+        if found:
+            texts = [said[x.name] for x in found]
+            loss = losses.score(generator, images, texts, timesteps, noise, batch, empty=True)
             value, error = losses.mean_and_error(loss)
-            rows += zip(names, captions, (-value).tolist(), error.tolist())
+            files = [x.path.name for x in found]
+            rows += zip(files, texts, (-value).tolist(), error.tolist())
     if not rows:
-        raise ValueError(f"no picture of {folder} that can be read has a caption")
-    names, captions, scores, _ = zip(*rows)
-    if len(rows) < len(said):
-        notes.append(f"{len(said) - len(rows)} captions have no picture that can be read")
-    cut = sum(generator.too_long(captions))
+        raise ValueError(f"none of the {len(items)} pictures could be read: nothing was evaluated")
+    if len(rows) < len(items):
+        notes.append(f"{len(items) - len(rows)} of {len(items)} pictures could not be read")
+    _, texts, scores, _ = zip(*rows)
+    cut = sum(generator.too_long(texts))
     if cut:
         notes.append(f"{cut} captions are longer than the text encoder reads: scored in part")
     low, high = metrics.interval(scores)
     columns = "item", "caption", "score", "error"
-    return {"score": "denoising loss under the empty caption - under the caption", "n": len(rows),
-            "draws": draws, "mean": float(np.mean(scores)), "low": low, "high": high,
-            "items": [dict(zip(columns, row)) for row in rows]}
+    found = {"score": "denoising loss under the empty caption - under the caption",
+             "n": len(rows), "draws": draws, "mean": float(np.mean(scores)), "low": low,
+             "high": high, "items": [dict(zip(columns, row)) for row in rows]}
+    return {"label_free": found}
 
 
 # ---------------------------------------------------------------- Tables 1 and 2, Figures 3 and 4
-def findings(folder, items, place, device, notes, glove=None):
-    """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
-    {"metric by score": {domain: row}}, and their direction. items: those of its set and split."""
-    path = folder / "candidates.jsonl"
-    if not path.exists():
-        raise ValueError(f"{path} is missing: run rerank.py --out {folder} first, with --data")
-    groups = {x.name: [] for x in items}
-    for row in data.read_rows(path):
-        if row["item"] in groups:
-            groups[row["item"]].append(row)
-    chosen = [x for x in items if groups[x.name]]
-    if len(chosen) < 2:
-        raise ValueError(f"fewer than two items of {folder} are in this set and split: name the "
-                         "--data and --split it was made of")
-    rows = list(chain(*groups.values()))                       # n of each item, item by item
-    shape = len(chosen), len(groups[chosen[0].name])
-    if any(len(groups[x.name]) != shape[1] for x in chosen):
-        raise ValueError(f"{path} has more candidates of some items: run rerank.py again")
-    owners = np.repeat(chosen, shape[1])
-    direction = rows[0]["direction"]
-    if direction == "image-text-image":
-        captions = [row["caption"] for row in rows]
-        references = [x.captions for x in owners]
-        df = metrics.document_frequency([x.captions for x in items])
-        candidates = np.reshape(captions, shape).tolist()
-        quality = {"CIDEr": metrics.caption_quality(candidates, references[::shape[1]], df)}
-        quality |= tables.likenesses(captions, references, place, device, notes, glove)
-    else:
-        files = [folder / row["picture"] for row in rows]
-        paths = [x.path for x in owners]
-        quality = tables.picture_likenesses(files, paths, place, device, notes)
-    out = {}
-    for by in rows[0]["scores"]:
-        ranking = np.array([row["scores"].get(by) for row in rows], float).reshape(shape)
-        if np.isnan(ranking).any():
-            notes.append(f"no choice by {by}: some candidates have no such score")
-            continue
-        for metric, values in quality.items():
-            out[f"{metric} by {by}"] = choices(values.reshape(shape), ranking, chosen)
-    return {"findings": out, "direction": direction}
+def made_of(folder, root, split, place):
+    """(set, split, judges) of a rerank's folder, by its settings.json; ValueError where root or
+    split, as given, are others, or where it was made of no set."""
+    if not (folder / "candidates.jsonl").exists():
+        raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
+                         "first, with --data")
+    settings = data.load_json(folder / "settings.json")
+    name = settings.get("data")
+    part = settings.get("split")
+    if name in (None, "None"):
+        raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
+                         "have no references")
+    if root and Path(root).name != Path(name).name:
+        raise ValueError(f"{folder} was made of {name}, not of --data {root}")
+    if split and split != part:
+        raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
+    return root or name, None if part == "None" else part, place or settings.get("judges", "none")
 
 
-def choices(quality, ranking, items):
-    """{domain: metrics.choices, and its gain in per cent of the mean}."""
-    out = {}
-    for domain, some in tables.by_domain(items).items():
-        row = metrics.choices(quality[some], ranking[some])
-        row["percent"] = 100 * row["gain"] / (abs(row["mean"]) or math.nan)
-        out[domain] = row
-    return out
-
-
-def plot(found, path):
-    """Figures 3 and 4: mean quality by rank, a panel for each metric, a line for each score."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    names = list(dict.fromkeys(name.split(" by ")[0] for name in found))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
-    for name, rows in found.items():
-        metric, by = name.split(" by ")
-        axis = axes[0][names.index(metric)]
-        axis.plot(rows["all"]["by_rank"], marker="o", ms=3, label=by)
-        axis.set(title=f"{metric}, n = {rows['all']['items']}", xlabel="rank by the score named")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------- what a person reads
-def report(results):
-    """All of results as text."""
-    texts = []
-    if "captions" in results:
-        texts.append(tables.text("captions", results["captions"], tables.CAPTIONS))
-    if "images" in results:
-        texts.append(tables.text("pictures", results["images"], tables.PICTURES))
-    if "label_free" in results:
-        found = results["label_free"]
-        for x in found["items"]:
-            texts.append(f"{x['score']:+.4f} +- {x['error']:.4f}  {x['item']}: {x['caption']}")
-        texts.append("mean of {n} images, {draws} draws each ({score}): {mean:+.4f} "
-                     "[{low:+.4f}, {high:+.4f}]".format(**found))
-    choice = {}
-    for name, domains in results.get("findings", {}).items():
-        for domain, row in domains.items():
-            low, high = row["interval"]
-            gain = {"value": row["gain"], "low": low, "high": high}
-            choice[f"{name}, {domain}"] = row | {"n": row["items"], "gain": gain}
-    if choice:
-        texts.append(tables.text("choice", choice, CHOICE))
-    return "\n".join(texts)
-
-
+# ---------------------------------------------------------------- what comes of it
 def write(results, out):
     """results.json and table.txt, and the table to the terminal."""
-    # indented, a value ends its line: no caption is changed
-    text = re.sub(r"\bNaN(,?)$", r"null\1", json.dumps(results, indent=1), flags=re.M)
-    data.write_text(out / "results.json", text + "\n")
-    data.write_text(out / "table.txt", report(results) + "\n")
-    print(report(results))
-    for note in dict.fromkeys(results["notes"]):
+    path = out / "results.json"
+    # what is no number becomes null, as JSON has none
+    plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
+    if path.exists():
+        before = data.load_json(path)
+        if any(before.get(name) != plain[name] for name in plain.keys() - {"notes"}):
+            plain["notes"].append(f"{path} held other results: replaced")
+    data.write_text(path, json.dumps(plain, indent=1) + "\n")
+    text = tables.report(results)
+    data.write_text(out / "table.txt", text + "\n")
+    print(text)
+    for note in dict.fromkeys(plain["notes"]):
         print(f"evaluate.py: {note}", file=sys.stderr)
-    print(f"evaluate.py: the same numbers with their settings are in {out}/results.json")
+    print(f"evaluate.py: the same numbers with their settings are in {path}")
 
 
 def main(args):
     loading.tune_process(args.captioner, args.generator)
     device, _ = loading.device_and_dtype(args.device)
-    rank, world = data.rank_and_world()
-    args.judges = args.judges or judges.default_place(args.captioner, args.generator)
-    results, notes = {}, []
-    if args.score:
-        items, captions = tables.matched(args.score, args.refs, notes)
-        results["captions"] = tables.of_captions(
-            items, captions, args.judges, device, notes, args.glove, args.ci)
-    elif args.labelfree:
-        captions, _ = tables.captions_in(args.captions)
+    if args.job == "findings":
+        args.data, args.split, args.judges = made_of(
+            args.findings, args.data, args.split, args.judges)
+    binds = {name: str(getattr(args, name)) for name in JOBS[args.job] if name not in FREE}
+    if args.job == "set" and (args.out / "settings.json").exists():
+        data.same_settings(args.out, binds)
+    notes = []
+    with_notes = args.judges, device, notes
+    if args.job == "score":
+        results = score(args.score, args.refs, args.images, *with_notes, args.glove, args.ci)
+    elif args.job == "compare":
+        results = compare(args.compare, args.refs, args.images, *with_notes, args.glove)
+    elif args.job == "labelfree":
+        items, captions = annotations.pictured(args.captions, args.refs, args.images, notes)
         generator = Generator.load(args.generator, args.device, args.dtype)
         if args.ckpt:
             loading.load_trained(args.ckpt, None, generator)
-        results["label_free"] = label_free(
-            args.images, captions, generator, args.draws, args.seed, args.batch, notes)
-    elif args.findings:
-        items = items_of(args.data, args.split)
-        results = findings(args.findings, items, args.judges, device, notes, args.glove)
+        if args.generator == "miniature":
+            notes.append("the miniature's generator knows no photographs: say --generator sd14")
+        results = label_free(items, captions, generator, args.draws, args.seed, args.batch, notes)
+    elif args.job == "findings":
+        results = tables.findings(args.findings, args.data, args.split, *with_notes, args.glove)
         args.out.mkdir(parents=True, exist_ok=True)
         try:
-            plot(results["findings"], args.out / "figure.png")
+            tables.plot(results["findings"], args.out / "figure.png")
         except ImportError:
             notes.append("no figure.png: pip install matplotlib")
     else:
-        limit = args.limit or (100 if args.data == "miniature" else None)
-        items = items_of(args.data, args.split, limit)
+        items = items_of(args.data, args.split, args.limit)
         if args.inception and args.only != "captions":
-            try:
-                judges.inception_weights(args.inception)       # now, not after the work
-            except judges.Unavailable as e:
-                raise ValueError(f"--inception {e}") from e
-        settings = {name: str(getattr(args, name)) for name in SETTINGS}
-        if (args.out / "settings.json").exists():
-            data.same_settings(args.out, settings)
-        if world > 1:                                          # the others wait for the slowest
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-
-        # 1) what is not done yet; both models are there before the work begins
-        unsaid = share(items, args.out, "captions") if args.only != "images" else []
-        undrawn = share(items, args.out, "images") if args.only != "captions" else []
-        captioner = generator = None
-        if unsaid:
-            captioner = Captioner.load(args.captioner, args.device, args.dtype)
-        if undrawn:
-            generator = Generator.load(args.generator, args.device, args.dtype)
-        if args.ckpt:
-            loading.load_trained(args.ckpt, captioner, generator)
-        loading.record_revisions(args.out)
-        data.same_settings(args.out, settings)
-        if unsaid:
-            path = args.out / f"captions-{rank}.jsonl"
-            say(unsaid, path, captioner, args.way, args.seed, args.batch)
-        if undrawn:
-            path = args.out / f"images-{rank}.jsonl"
-            draw(undrawn, path, generator, args.steps, args.guidance, args.seed, args.batch)
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        if rank > 0:
+            judges.inception_weights(args.inception)           # now, not after the work
+        speakers = (args.captioner if args.only != "images" else None,
+                    args.generator if args.only != "captions" else None)
+        saying = {"way": args.way, "seed": args.seed, "batch": args.batch}
+        drawing = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+                   "batch": args.batch}
+        work(items, args.out, speakers, args.ckpt, args.device, args.dtype, binds, saying, drawing)
+        if data.rank_and_world()[0] > 0:
             return 0
-
-        # 2) all of it is scored
-        rows = kept(args.out, "captions")
-        some = [x for x in items if x.name in rows]
-        if some and args.only != "images":
-            if len(some) < len(items):
-                notes.append(f"{len(items) - len(some)} pictures could not be read")
-            captions = [rows[x.name]["caption"] for x in some]
-            results["captions"] = tables.of_captions(
-                some, captions, args.judges, device, notes, args.glove, args.ci)
-        rows = kept(args.out, "images")
-        some = [x for x in items if x.name in rows]
-        if some and args.only != "captions":
-            files = [args.out / rows[x.name]["picture"] for x in some]
-            results["images"] = tables.of_pictures(
-                some, files, args.judges, device, notes, args.inception, args.ci)
-            cut = sum(rows[x.name].get("cut", False) for x in some)
-            if cut:
-                notes.append(f"{cut} captions are longer than the text encoder reads: drawn "
-                             "without their ends")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-                if v is not None}
+        results = {}
+        if args.only != "images":
+            results |= table_3(items, args.out, *with_notes, args.glove, args.ci)
+        if args.only != "captions":
+            results |= table_4(items, args.out, *with_notes, args.inception, args.ci)
+    if args.job == "set":                        # the only one that keeps work
+        data.same_settings(args.out, binds)
+    settings = {name: getattr(args, name) for name in JOBS[args.job]}
     results |= {"notes": notes, "settings": settings, "revisions": loading.REVISIONS}
     write(results, args.out)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"evaluate.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

@@ -9,7 +9,7 @@
     python finetune.py --export out/models               # stock directories for from_pretrained
 
 Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings and step in its
-header), checkpoint.json (the same header to read), log.jsonl (a line a step). Which sample,
+header), checkpoint.json (the same to read), log.jsonl (a line a step), log.png. Which sample,
 caption, timestep and noise a step gets is a function of (seed, step, sample): the number of
 processes, --micro and a resume change nothing. The miniature: one thread (OMP_NUM_THREADS rules).
 
@@ -17,10 +17,9 @@ processes, --micro and a resume change nothing. The miniature: one thread (OMP_N
 numbers, switches and built-in names. A folder, file, hub id or code that it names is said, and not
 followed until the command line names it.
 """
-import argparse
+import script  # isort: skip
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -32,12 +31,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:                                            # Windows
+    resource = None
+
 import bridge
 import checkpoints
 import data
 import loading
 import losses
-from batches import Samples, collate, digest, held_out
+from batches import Samples, collate, digest, held_out, open_samples
 from captioners import Captioner
 from cycle import chance
 from generators import Generator, tiny_decoder
@@ -47,17 +51,12 @@ SIDES = checkpoints.SIDES
 PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                  # one line, as of every other error
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
 def parser():
-    cli = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = script.Parser(__doc__)
     cli.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder or hub id")
     cli.add_argument("--generator", help="miniature, sd14, folder or hub id; follows --captioner")
-    cli.add_argument("--data", help="folder: COCO Karpathy, or pictures with metadata.jsonl")
-    cli.add_argument("--split", default="train", help="of --data; `all` of the miniature: any pair")
+    cli.add_argument("--data", help="folder: COCO, or pictures with metadata.jsonl, .csv or .txt")
+    cli.add_argument("--split", default="train", help="of --data; all: nothing is held out")
     cli.add_argument("--own", help="pictures without captions for ir: a folder, a split of --data")
     cli.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="Table 5")
     cli.add_argument("--weights", nargs="+", type=float, help="one for each of --losses; default 1")
@@ -65,7 +64,8 @@ def parser():
                      metavar=("CAPTIONER", "GENERATOR"), help="projections of cross-attention")
     cli.add_argument("--side", type=int, help="pixels a side that BLIP-2 sees; default 384")
     cli.add_argument("--bridge", default="anchored", choices=list(bridge.KINDS), help="or plain")
-    cli.add_argument("--lr", type=float, nargs="+", default=[1e-4], help="a second: generator's")
+    cli.add_argument("--lr", type=float, nargs="+", default=[1e-4],
+                     help="learning rate, default 1e-4 (the paper's); a second: the generator's")
     cli.add_argument("--batch", type=int, default=8, help="samples a step, of all processes")
     cli.add_argument("--micro", type=int, help="samples at once: memory, not the result; blip2 4")
     cli.add_argument("--chunk", type=int, help="images at once in tr, the peak of memory; 1")
@@ -81,7 +81,7 @@ def parser():
     cli.add_argument("--dtype", help="of the frozen weights: default bfloat16 on a GPU that has it")
     cli.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     cli.add_argument("--probe", type=int, default=100, help="steps between norms of each loss")
-    cli.add_argument("--held", type=int, default=64, help="val samples looked at with a checkpoint")
+    cli.add_argument("--held", type=int, default=64, help="pictures of val seen with a checkpoint")
     cli.add_argument("--out", type=Path, default=Path("out/finetune"), help="where it writes")
     cli.add_argument("--resume", action="store_true", help="go on from --out, with its settings")
     cli.add_argument("--export", type=Path, metavar="DIR", help="write --out's models, no training")
@@ -166,6 +166,7 @@ class Run:
     total: int                                   # steps in all
     settings: dict                               # what the checkpoint keeps of the command line
     content: str                                 # and of the pictures
+    again: str                                   # the command that goes on with it
 
     def joint(self, batch, weights):
         """losses.joint of a Batch: what to call backward on, and {loss: (B,)}."""
@@ -259,11 +260,20 @@ def train_step(run, step, stops):
     run.adam.step()
     run.adam.zero_grad()
     row["images_per_s"] = round(run.batch / (time.perf_counter() - began), 3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row["peak_gib"] = peak_gib()
+    return row, halt
+
+
+def peak_gib():
+    """The most memory this process has held: of its GPU, else of the machine; None on Windows."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    row["peak_gib"] = round(peak / 2 ** 30, 2)
-    return row, halt
+    elif resource is None:
+        return None
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(peak / 2 ** 30, 2)
 
 
 def all_reduce_gradients(run, sums, stops):
@@ -307,17 +317,8 @@ def main(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the pictures
-    samples = Samples(args.data, args.split)
-    own = None
-    if args.own and os.path.isdir(args.own):
-        own = Samples(args.own, "train", described=False)
-    elif args.own:
-        own = Samples(args.data, args.own, described=False)
-    sets = [samples, own] if own else [samples]
-    for some in sets:
-        if len(some) < args.batch:
-            raise ValueError(f"{some.name}: less than one --batch of {args.batch}")
-    content = "; own words of ".join([some.content for some in sets])
+    samples, own, content = open_samples(args.data, args.split, args.own, args.batch)
+    held = held_out(args.data, args.held, [samples, own] if own else [samples])
 
     # the two sides, what is trained of them, and what lies between
     captioner = Captioner.load(args.captioner, device, dtype)
@@ -325,6 +326,8 @@ def main(args):
     if not getattr(generator, "denoises", False) or not hasattr(captioner, "head"):
         raise ValueError(f"--captioner {args.captioner} --generator {args.generator}: BLIP, BLIP-2 "
                          "and Stable Diffusion 1.x or 2.x can be trained")
+    nothing = torch.zeros(1, 1, 1, 1)        # a prediction_type without a formula is told now
+    losses.target(generator.scheduler, nothing, nothing, torch.tensor([0]))
     args.micro = args.micro or captioner.micro
     if args.side and not captioner.learns_queries:
         raise ValueError("--side is for BLIP-2: BLIP was trained on one size of picture")
@@ -352,12 +355,13 @@ def main(args):
         cache = Path(args.cache) / digest([samples.name, args.generator, str(generator.dtype)])
     total = args.steps or int(args.epochs * (len(samples) // args.batch))
     run = Run(captioner=captioner, generator=generator, bridge=between, decode=decode,
-              samples=samples, own=own, held=held_out(args.data, samples, args.held), cache=cache,
-              trained=trained, adam=adam, weights=dict(zip(args.losses, args.weights)),
+              samples=samples, own=own, held=held, cache=cache, trained=trained, adam=adam,
+              weights=dict(zip(args.losses, args.weights)),
               batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
               seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
               every=args.every, probe=args.probe, total=total, settings=settings_of(args),
-              content=content)
+              content=content,
+              again=checkpoints.again(args.out, settings_of(args), args.device, processes))
     loading.record_revisions(args.out)
     start = 0
     if args.resume:
@@ -370,11 +374,12 @@ def main(args):
 
 
 def train(run, start):
-    """The loop: a step, a line, now and then a checkpoint. 130 if it was stopped before its end."""
+    """The loop: a step, a line, now and then a checkpoint. Returns the exit code: 0, or 128 and the
+    number of the signal that stopped it."""
     speaks = run.rank == 0                                   # one of the processes writes
     stops, handlers = [], {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda *_: stops.append(1))
+        handlers[number] = signal.signal(number, lambda caught, _: stops.append(caught))
     log = run.out / "log.jsonl"
     first = last = {}
     if speaks:
@@ -414,17 +419,12 @@ def train(run, start):
         changes = [f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in first]
         print(f"finetune.py: {len(run.held)} held-out samples, step {start} -> {saved}: "
               f"{', '.join(changes)}")
+    checkpoints.plot(run.out, list(run.weights))
     if saved < run.total:
-        places = checkpoints.typed(checkpoints.foreign(run.settings))
-        again = f"--resume {places}".strip()
-        print(f"finetune.py: stopped before {run.total}: {again} goes on")
-        return 130
+        print(f"finetune.py: stopped after step {saved} of {run.total}; this goes on: {run.again}")
+        return 128 + (stops or [signal.SIGINT])[0]
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"finetune.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

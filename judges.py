@@ -3,7 +3,8 @@
     judges, absent = load(["clip", "pixel"], "image", "miniature")
     judges["clip"].alike(pictures, image)        # (n,) cosines, higher = more alike
     judges["clip"].embed(pictures)               # (n, D) unit vectors
-    judges["clip"].score(pictures, captions)     # (n,) CLIP of picture and caption
+    judges["clip"].score(pictures, captions)     # (n,) cosines of picture and caption
+    judges["clip"].clipscore(picture, caption, references)      # CLIPScore, RefCLIPScore
 
 Images are float (B, 3, H, W) in [0, 1], captions lists of str. Pooling is that of the paper's
 experiments. Copy this file with loading.py: it needs torch and transformers.
@@ -26,10 +27,6 @@ NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sber
 REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
 
 
-class Unavailable(Exception):
-    """A judge that can't be had on this machine; its text says why, and the remedy."""
-
-
 def load(names, kind, place="hub", device="cpu", inception=None):
     """({name: judge}, {name: why it is absent, and the remedy}) of the judges called `names`.
 
@@ -49,17 +46,17 @@ def load(names, kind, place="hub", device="cpu", inception=None):
                 judges[name] = Inception(device, inception)
             else:
                 judges[name] = encoder(name, kind, place, device)
-        except (Unavailable, ValueError, OSError) as e:
+        except (ValueError, OSError) as e:
             absent[name] = " ".join(str(e).split())
     return judges, absent
 
 
 def encoder(name, kind, place, device):
-    """The Encoder of a name, for images or text (CLIP for both); ValueError or Unavailable."""
+    """The Encoder of a name, for images or text (CLIP for both). Raises ValueError."""
     folder = HERE / "miniature" if place == "miniature" else Path(place)
     where = HUB[name] if place in ("hub", "cache") else str(folder / name)
     if where != HUB[name] and not Path(where).is_dir():
-        raise Unavailable(f"there is no folder {where}")       # nor is it taken for a hub id
+        raise ValueError(f"there is no folder {where}")        # nor is it taken for a hub id
     found, options = loading.resolve(where, {}, "judge", cached=place == "cache")
     with loading.readable_errors(where, "judge"):
         return Encoder(name, found, "both" if name == "clip" else kind, device, options)
@@ -131,40 +128,51 @@ class Encoder:
         return {k: out[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def embed(self, x):
-        """Images (B, 3, H, W), or B captions -> unit vectors (B, D) float64, on the CPU.
-
-        CLIP: the pooled state before the projection; DINO: its CLS; SBERT: the mean of its tokens.
-        """
+    def pooled(self, x):
+        """The pooled state of B images or captions: (B, D). CLIP: that before the projection; DINO:
+        its CLS; SBERT: the mean of its tokens."""
         if isinstance(x, torch.Tensor):
             if self.name == "clip":
-                e = self.model.vision_model(self.pixels(x)).pooler_output
-            else:
-                out = self.model(self.pixels(x), interpolate_pos_encoding=True)
-                e = out.last_hidden_state[:, 0]
-        else:
-            tokens = self.tokens(x)
-            if self.name == "clip":
-                e = self.model.text_model(**tokens).pooler_output
-            else:
-                hidden = self.model(**tokens).last_hidden_state            # (B, L, D)
-                mask = tokens["attention_mask"][..., None]                 # (B, L, 1)
-                e = (hidden * mask).sum(1) / mask.sum(1)
-        return F.normalize(e.cpu().double(), dim=-1)
+                return self.model.vision_model(self.pixels(x)).pooler_output
+            out = self.model(self.pixels(x), interpolate_pos_encoding=True)
+            return out.last_hidden_state[:, 0]
+        tokens = self.tokens(x)
+        if self.name == "clip":
+            return self.model.text_model(**tokens).pooler_output
+        hidden = self.model(**tokens).last_hidden_state                    # (B, L, D)
+        mask = tokens["attention_mask"][..., None]                         # (B, L, 1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def embed(self, x):
+        """Images (B, 3, H, W), or B captions -> unit vectors (B, D) float64, on the CPU."""
+        return F.normalize(self.pooled(x).cpu().double(), dim=-1)
+
+    def project(self, x):
+        """As `embed`, but through CLIP's projections, into the space that images and captions
+        share."""
+        model = self.model
+        into = model.visual_projection if isinstance(x, torch.Tensor) else model.text_projection
+        return F.normalize(into(self.pooled(x)).cpu().double(), dim=-1)
 
     def alike(self, candidates, inputs):
         """Cosine of n candidates with n inputs, or with one: (n,)."""
         return (self.embed(candidates) * self.embed(inputs)).sum(-1).numpy()
 
-    @torch.no_grad()
     def score(self, images, captions):
-        """Cosine of image and caption after CLIP's projections: (n,). (CLIPScore is 2.5 times what
-        of it is above 0; Hessel et al. 2021.)"""
-        vision = self.model.vision_model(self.pixels(images)).pooler_output
-        text = self.model.text_model(**self.tokens(captions)).pooler_output
-        a = F.normalize(self.model.visual_projection(vision).cpu().double(), dim=-1)
-        b = F.normalize(self.model.text_projection(text).cpu().double(), dim=-1)
-        return (a * b).sum(-1).numpy()
+        """Cosine of images and captions in the space they share, in [-1, 1]: (n,). What is named
+        CLIPScore has other words before the caption, and no values below 0: `clipscore`."""
+        return (self.project(images) * self.project(captions)).sum(-1).numpy()
+
+    def clipscore(self, image, caption, references):
+        """(CLIPScore, RefCLIPScore) of one image (1, 3, H, W), its caption, references (Hessel et
+        al. 2021): 2.5 max(cos, 0) of image and caption; its harmonic mean with max(cos, 0) of the
+        caption and the nearest reference."""
+        vision = self.project(image)[0]                                    # (D,)
+        texts = self.project([f"A photo depicts {text}" for text in (caption, *references)])
+        seen = 2.5 * max(float(vision @ texts[0]), 0.0)
+        heard = max(float((texts[1:] @ texts[0]).max()), 0.0)
+        both = 2 * seen * heard / (seen + heard) if seen + heard else 0.0
+        return seen, both
 
 
 class Pixel:
@@ -196,7 +204,7 @@ class Inception:
 
 def inception_features(device=None, weights=None):
     """A function: images (B, 3, H, W) -> features (B, 2048), logits (B, 1008) of the Inception v3
-    of FID and IS, by torch-fidelity. weights: a local copy of its weights. Raises Unavailable.
+    of FID and IS, by torch-fidelity. weights: a local copy of its weights. Raises ValueError.
 
     torch-fidelity unpickles whatever it is given, code and all. So what it is given is a file of
     our own, into which the tensors of `inception_weights` were written.
@@ -204,10 +212,10 @@ def inception_features(device=None, weights=None):
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as theirs
     except ImportError as e:
-        raise Unavailable(f"{e.name} is not installed: pip install torch-fidelity") from e
+        raise ValueError(f"{e.name} is not installed: pip install torch-fidelity") from e
     except RuntimeError as e:                    # torchvision's own operators
-        raise Unavailable(f"torch-fidelity can't be imported ({str(e)[:100]}): torchvision does "
-                          "not fit this torch") from e
+        raise ValueError(f"torch-fidelity can't be imported ({str(e)[:100]}): torchvision does "
+                         "not fit this torch") from e
     tensors = inception_weights(weights or theirs.URL_INCEPTION_V3)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -218,8 +226,8 @@ def inception_features(device=None, weights=None):
                 feature_extractor_weights_path=ours)
     except (OSError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:100]
-        raise Unavailable(f"{weights or 'what was downloaded'} is not torch-fidelity's Inception "
-                          f"({reason}): {REMEDY}") from e
+        raise ValueError(f"{weights or 'what was downloaded'} is not torch-fidelity's Inception "
+                         f"({reason}): {REMEDY}") from e
     extractor = extractor.to(device or "cpu").eval()
 
     @torch.no_grad()
@@ -232,7 +240,7 @@ def inception_features(device=None, weights=None):
 
 def inception_weights(source):
     """{name: tensor} of a file, or of an address, by readers that run no code: safetensors, or
-    torch's restricted unpickler. Raises Unavailable in one line."""
+    torch's restricted unpickler. Raises ValueError in one line."""
     source = str(source)
     try:
         if source.startswith("https://"):
@@ -247,10 +255,10 @@ def inception_weights(source):
         reason = type(e).__name__
         if isinstance(e, OSError) and e.strerror:
             reason = e.strerror
-        raise Unavailable(f"{source} could not be read as plain tensors ({reason}): "
-                          f"{REMEDY}") from e
+        raise ValueError(f"{source} could not be read as plain tensors ({reason}): "
+                         f"{REMEDY}") from e
     if not isinstance(found, dict) or not found:
-        raise Unavailable(f"{source} holds no tensors by name: {REMEDY}")
+        raise ValueError(f"{source} holds no tensors by name: {REMEDY}")
     if not all(isinstance(x, torch.Tensor) for x in found.values()):
-        raise Unavailable(f"{source} holds other things than tensors by name: {REMEDY}")
+        raise ValueError(f"{source} holds other things than tensors by name: {REMEDY}")
     return found

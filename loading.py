@@ -12,6 +12,7 @@ Copy this file alone: it needs torch, transformers, safetensors and huggingface_
 """
 import contextlib
 import ctypes
+import difflib
 import functools
 import importlib.util
 import json
@@ -54,7 +55,7 @@ def resolve(name, table, kind, cached=False):
             raise ValueError("a model from a file is file.py:function")
         if not place.exists():
             place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
-        old = check_weights(place) if place.is_dir() else []
+        old = check_weights(place) if place.is_dir() else check_file(place)
     except (OSError, ValueError) as e:
         raise ValueError(f"{kind} {str(name)!r}: {' '.join(str(e).split())}") from e
     options = {"local_files_only": True, "use_safetensors": True}
@@ -74,7 +75,9 @@ def hub_id(name, table):
     name = str(table.get(name, name))            # as a path it would lose its ./
     if name.count("/") != 1 or name.startswith((".", "/")):
         known = f"none of {', '.join(table)}, " if table else ""
-        raise ValueError(f"it is {known}no directory and no hub id (owner/name)")
+        near = difflib.get_close_matches(name.lower(), table, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"it is {known}no directory and no hub id (owner/name){meant}")
     return name
 
 
@@ -360,11 +363,10 @@ def load_trained(checkpoint, captioner=None, generator=None):
     """
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"--ckpt {path}: no checkpoint that can be read ({e}); give the --out of "
-                         "finetune.py") from e
+    trained_side = header(path).get("settings", {}).get("side")
+    tensors = load_file(path)
+    if trained_side is not None and type(trained_side) is not int:
+        raise ValueError(f"--ckpt {path}: its header says --side {trained_side!r}: not a number")
     if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
         raise ValueError(f"--ckpt {path}: none of its {len(tensors)} tensors is named captioner.* "
                          "or generator.*; give the --out of finetune.py")
@@ -381,22 +383,25 @@ def load_trained(checkpoint, captioner=None, generator=None):
                 raise ValueError(f"--ckpt {path}: {key} {tuple(tensors[key].shape)} is not of this "
                                  f"{side}: name the models it was trained from")
             moves.append((own[name], tensors[key]))
-    pixels = trained_side(path)
     for parameter, value in moves:
         parameter.data.copy_(value)
-    if pixels and captioner is not None:
-        captioner.side = pixels                  # it goes on seeing what it was trained to see
+    if trained_side and captioner is not None:
+        captioner.side = trained_side            # it goes on seeing what it was trained to see
     return len(moves)
 
 
-def trained_side(path):
-    """Pixels a side of the captioner's pictures by a checkpoint's header; None if it says none."""
-    with safe_open(path, "pt") as f:
-        text = (f.metadata() or {}).get("header", "{}")
+def header(path):
+    """{step, data, settings, versions, commit} that finetune.py writes into a checkpoint's file; {}
+    where there is none. Raises ValueError where the file can't be read, or says something else."""
     try:
-        side = json.loads(text).get("settings", {}).get("side")
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"--ckpt {path}: its header is not one of finetune.py") from e
-    if side is not None and type(side) is not int:
-        raise ValueError(f"--ckpt {path}: its header says --side {side!r}: it is a number")
-    return side
+        check_file(path)
+        with safe_open(path, "pt") as f:
+            text = (f.metadata() or {}).get("header", "{}")
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"no checkpoint that can be read: {e}; give the --out of "
+                         "finetune.py") from e
+    with contextlib.suppress(ValueError):        # no JSON
+        about = json.loads(text)
+        if isinstance(about, dict) and isinstance(about.get("settings", {}), dict):
+            return about
+    raise ValueError(f"{path}: its header is not one of finetune.py")

@@ -269,11 +269,13 @@ def both(log_p, loss):
 
 
 def standardised(x):
-    """x (..., n) less its mean over its standard deviation, among n; 0 where all are equal."""
+    """x (..., n) less its mean over its standard deviation, among n; 0 where all are equal, but for
+    rounding. Of two it is 1 and -1, however near they are."""
     x = torch.as_tensor(x, dtype=torch.float64)
     apart = x - x.mean(-1, keepdim=True)
     spread = apart.square().mean(-1, keepdim=True).sqrt()
-    return torch.where(spread > 0, apart / spread, 0)
+    alike = spread <= 1e-5 * x.abs().mean(-1, keepdim=True)
+    return torch.where(alike, 0, apart / spread)
 
 
 def words(generator, image, caption, timesteps, noise, batch=64):

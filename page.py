@@ -5,7 +5,9 @@
 
 groups: [(item, input picture or None, input text, rows)], the rows in order of rank, best first:
 {"caption", "picture" (a file beside the page, or None), "scores" ({name: number or None})}, perhaps
-with "words" ([word, contribution, standard error] each). Copy this file alone: it needs pillow.
+with "words" ([word, contribution, standard error] each), "why" (the first wins), "behind" (how far
+it lies behind the first, and the standard error of that or None), "tie" (it is as good as the
+first). Copy this file with pictures.py: it needs numpy and pillow.
 """
 import base64
 import io
@@ -14,39 +16,59 @@ from html import escape
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pictures import as_picture, pixels
+
 PARTS = {"both": ("per_token", "denoise")}        # the scores that a score is made of
+MEANING = {
+    "both": "per_token and denoise, each in standard deviations among an item's candidates, added",
+    "per_token": "log-likelihood of the caption, given the picture, by the captioner; nats a token",
+    "denoise": "minus the generator's loss in denoising the picture under the caption (of several "
+               "pictures, less that under an empty caption)",
+    "likelihood": "log-likelihood of the whole caption in nats; favours short ones",
+    "clipscore": "CLIP's cosine of picture and caption: one judge, no other model",
+    "clip": "CLIP's cosine of what was given and what came back",
+    "dino": "DINO's cosine of the given picture and the one that came back",
+    "inception": "Inception's cosine of the given picture and the one that came back",
+    "pixel": "minus the root mean square difference of their pixels",
+    "sbert": "SBERT's cosine of the given text and the one that came back",
+    "cider": "CIDEr of the text that came back",
+    "wmd": "minus the Word Mover's distance of the given text and the one that came back",
+}
+WORDS = ("Words: the greener one is, the more it explains the picture (without it the generator "
+         "denoises worse); the redder, the more it hurts.")
+FRAMES = ("Gold: the winner. ±: the standard error of how far the others lie behind it. Dashed: a "
+          "tie, equal or as near as that error.")
+LOST = "no picture: it came out as no numbers"
 GOLD = "#d9a300"                                  # the winner's frame
 BROWN = "#a07800"                                 # and its label
 GREY = "#666"                                     # labels of the others
-PALE = "#f0eee8"                                  # in place of a picture
-HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content='width=device-width'>
+RED = "#b00020"                                   # warnings
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>parley: TITLE</title>
 <style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; background: #faf9f6; color: #222 }
-section { margin: 2em 0; padding-top: 1em; border-top: 1px solid #ddd }
-.row { display: flex; flex-wrap: wrap; gap: 16px }
-figure { margin: 0; width: 192px; padding: 8px; background: #fff; border-radius: 8px }
-figure.best { outline: 4px solid #d9a300 }
-img { image-rendering: pixelated; display: block } small { color: #777; display: block }
-</style>
+body { font: 15px/1.4 system-ui, sans-serif; max-width: 1320px; margin: 0 auto; padding: 1em;
+  background: #faf9f6; color: #222; overflow-wrap: anywhere }
+h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 0 } dt { font-weight: bold }
+section { margin: 1.5em 0; padding-top: 1em; border-top: 1px solid #ddd }
+.warning { border: 3px solid #b00020; color: #b00020; padding: .6em; font-weight: bold }
+dd { margin: 0 0 .3em 1.2em }
+.row { display: grid; gap: 10px; align-items: start; margin-top: .6em;
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) }
+figure { margin: 0; padding: 8px; background: #fff; border-radius: 8px }
+.best { outline: 4px solid #d9a300 } .tie { outline: 2px dashed #d9a300 } small b { color: #222 }
+img { image-rendering: pixelated; display: block; width: 100%; max-width: 192px; height: auto }
+small { color: #666; display: block }
+</style></head><body>
 <h1>parley: TITLE</h1>"""
 
 
 # ---------------------------------------------------------------- pictures
 def frame(path, side):
-    """A picture file in a white square of `side` pixels, upright by its EXIF orientation; small
-    ones are magnified without smoothing. Without a path, an empty square."""
-    if path is None:
-        return Image.new("RGB", (side, side), PALE)
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):            # 16 bit: convert would cut at 255
-            scale = 257 if image.getextrema()[1] > 255 else 1
-            image = image.convert("I").point(lambda value: value / scale).convert("L")
-        image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
+    """A picture file in a white square of `side` pixels; small ones are magnified without
+    smoothing."""
+    image = as_picture(pixels(path))
     small = 2 * max(image.size) <= side
     method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     return ImageOps.pad(image, (side, side), method, "white")
@@ -57,83 +79,148 @@ def drawn(row, path):
     return path.parent / row["picture"] if row["picture"] else None
 
 
-# ---------------------------------------------------------------- the contact sheet
-def sheet(groups, by, path, side=136, most=6):
-    """sheet.png: a row an item, the first `most`; its input at the left, then the candidates in
-    order of `by`, the winner framed."""
-    gap, text = 12, 92                            # pixels: between pictures; of words below each
-    across, down = side + gap, side + text + gap
-    columns = 1 + max(len(rows) for *_, rows in groups)
-    size = columns * across + 2 * gap, len(groups[:most]) * down + gap
-    canvas = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(canvas)
-    for r, (_, picture, words, rows) in enumerate(groups[:most]):
-        y = gap + r * down
-        below = y + side + 6
-        canvas.paste(frame(picture, side), (gap, y))
-        if picture:
-            write(pen, gap, below, "the input", size=13)
-        else:
-            write(pen, gap + 8, y + 10, words, size=13, width=17, lines=9)
-        for c, row in enumerate(rows):
-            x = 2 * gap + (c + 1) * across
-            candidate = drawn(row, path)
-            canvas.paste(frame(candidate, side), (x, y))
-            if candidate is None:
-                write(pen, x + 8, y + 10, "not drawn", GREY)
-            colour = GREY
-            if c == 0:
-                colour = BROWN
-                corners = x - 4, y - 4, x + side + 3, y + side + 3
-                pen.rectangle(corners, outline=GOLD, width=4)
-            write(pen, x, below, f"{c + 1}.  {said(row, by)}", colour, 13)
-            for part in PARTS.get(by, ()):
-                write(pen, x, below + 16, said(row, part), GREY)
-                below += 12
-            write(pen, x, below + 16, row["caption"])
-    canvas.save(path)
-
-
 def said(row, name):
     """A score as it is printed."""
     score = row["scores"].get(name)
     return f"{name} -" if score is None else f"{name} {score:.3f}"
 
 
+def ranking(row, by):
+    """The score that ranks, and how far it lies behind the first."""
+    apart, error = row.get("behind", (None, None))
+    if error is None:
+        return said(row, by)
+    return f"{said(row, by)} ({apart:.3f} ± {error:.3f} behind)"
+
+
+# ---------------------------------------------------------------- the contact sheet
+def sheet(groups, by, path, side=136, most=6, warning="", undrawn=""):
+    """sheet.png: a row an item, the first `most`: its input, the winner, framed, and the others in
+    order of `by`, those without a picture as lines of text. warning: in red on top; undrawn: what
+    is said of a winner without a picture."""
+    across, down = side + 12, side + 140          # pixels from picture to picture
+    shown = groups[:most]
+    columns = []
+    for *_, rows in shown:
+        pictures = 1 + sum(bool(row["picture"]) for row in rows[1:])
+        texts = 0 if pictures == len(rows) else 4
+        columns.append(1 + pictures + texts)
+    width = max(640, 36 + max(columns) * across)
+    letters = width // 8                          # of a line from side to side
+    head = f"Ranked by {by}, higher is better; the winner in gold."
+    if len(groups) > most:
+        head += f" The first {most} of {len(groups)}: all are in index.html."
+    top = 36 + 16 * len(textwrap.wrap(warning, letters))
+    canvas = Image.new("RGB", (width, top + len(shown) * down), "white")
+    pen = ImageDraw.Draw(canvas)
+    write(pen, 12, 8, warning, RED, 13, letters, 99)
+    write(pen, 12, top - 26, head, "black", 13, letters)
+    for r, (_, picture, words, rows) in enumerate(shown):
+        y = top + r * down
+        name = f"{picture.name}: " if picture else ""
+        write(pen, 12, y, name + rows[0].get("why", ""), "black", 13, letters, 1)
+        if picture:
+            canvas.paste(frame(picture, side), (12, y + 24))
+        else:
+            write(pen, 20, y + 34, words, "black", 13, 17, 9)
+        x = 24 + across
+        for place, row in enumerate(rows, 1):
+            if place == 1 or row["picture"]:
+                post(canvas, pen, x, y + 24, place, row, by, path, side, undrawn)
+                x += across
+        lines = [f"{place}.  {ranking(row, by)}  {row['caption']}"
+                 for place, row in enumerate(rows, 1) if place > 1 and not row["picture"]]
+        if len(lines) > 14:
+            lines[13:] = [f"... and {len(lines) - 13} more"]
+        for i, line in enumerate(lines):
+            write(pen, x, y + 24 + 17 * i, line, "black", 11, 100, 1)
+    canvas.save(path)
+
+
+def post(canvas, pen, x, y, place, row, by, path, side, undrawn):
+    """A candidate with its picture and scores, at (x, y) of the sheet."""
+    picture = drawn(row, path)
+    colour = GREY
+    if picture:
+        canvas.paste(frame(picture, side), (x, y))
+    else:
+        write(pen, x + 8, y + 10, LOST if row.get("nan") else undrawn, GREY, 11, 19)
+    if place == 1:
+        colour = BROWN
+        pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), outline=GOLD, width=4)
+    below = y + side + 6
+    write(pen, x, below, f"{place}.  {said(row, by)}", colour)
+    for part in PARTS.get(by, ()):
+        below += 14
+        write(pen, x, below, said(row, part), colour)
+    write(pen, x, below + 16, row["caption"])
+
+
 def write(pen, x, y, words, colour="black", size=11, width=23, lines=4):
     """Words from (x, y) on, wrapped after `width` letters, the first `lines` of them."""
     font = ImageFont.load_default(size)
-    for line in textwrap.wrap(words, width)[:lines]:
+    for line in textwrap.wrap(words, width, max_lines=lines, placeholder=" ..."):
         pen.text((x, y), line, colour, font)
-        y += 13
+        y += size + 3
 
 
 # ---------------------------------------------------------------- the page
-def index(groups, by, direction, note, path, most=200):
+def index(groups, by, direction, note, path, most=200, warning="", undrawn=""):
     """index.html of the first `most` items: pictures inside, no script, all text escaped."""
-    out = [HEAD.replace("TITLE", direction), f"<p>{escape(note)}</p>"]
+    out = [HEAD.replace("TITLE", direction)]
+    if warning:
+        out.append(f'<p class="warning">{escape(warning)}</p>')
+    out.append(f"<p>{escape(note)}</p>")
+    out += legend(groups, by)
     if len(groups) > most:
-        out.append(f"<p>The first {most} of {len(groups)}; all are in candidates.jsonl.</p>")
+        out.append(f"<p>The first {most} of {len(groups)}; all are in candidates.csv.</p>")
     for item, picture, text, rows in groups[:most]:
-        explained = rows[0].get("words")          # of the caption, or of the text that was given
-        text = shade(explained) if explained else escape(text)
-        given = embedded(picture) or f"<p><b>{text}</b></p>"
-        out.append(f"<section><h2>{escape(item)}</h2><div class=row>")
-        out.append(f"<figure>{given}<small>the input</small></figure>")
+        text = shade(rows[0]["words"]) if rows[0].get("words") else escape(text)
+        given = f"<b>{text}</b>"                  # of the text that was given, or of the caption
+        if picture:
+            given = f"{embedded(picture)}<small>{escape(picture.name)}</small>"
+        out.append(f"<section><h2>{escape(item)}</h2>")
+        out.append(f"<p>By {escape(by)}: {escape(rows[0].get('why', ''))}.</p>")
+        out.append(f'<div class="row"><figure>{given}</figure>')
         for place, row in enumerate(rows, 1):
-            best = " class=best" if place == 1 else ""
-            caption = escape(row["caption"])
-            if picture and "words" in row:
-                caption = shade(row["words"])
-            out.append(f"<figure{best}>{embedded(drawn(row, path))}")
-            out.append(f"<b>{place}.</b> {caption}<small>")
-            for name, score in row["scores"].items():
-                if score is not None:
-                    out.append(f"{escape(name)} {score:.3f}<br>")
-            out.append("</small></figure>")
+            out.append(card(place, row, by, path, picture, undrawn))
         out.append("</div></section>")
-    out.append(f"<p><small>ranked by {escape(by)}</small></html>\n")
-    path.write_text("\n".join(out), encoding="utf-8")
+    path.write_text("\n".join([*out, "</body></html>\n"]), encoding="utf-8")
+
+
+def legend(groups, by):
+    """What the scores and colours are, as HTML."""
+    names = {}
+    for *_, rows in groups:
+        names |= dict.fromkeys(rows[0]["scores"])
+    out = ["<details open><summary>What the numbers are: of each, higher is better</summary><dl>"]
+    for name in names:
+        ranks = " (ranks here)" if name == by else ""
+        out.append(f"<dt>{escape(name)}{ranks}</dt><dd>{MEANING.get(name, '')}</dd>")
+    out.append(f"</dl><p>{FRAMES}</p>")
+    if any(rows[0].get("words") for *_, rows in groups):
+        out.append(f"<p>{WORDS}</p>")
+    return [*out, "</details>"]
+
+
+def card(place, row, by, path, picture, undrawn):
+    """A candidate, as HTML."""
+    kind, label = "", ""
+    if place == 1:
+        kind = ' class="best"'
+    elif row.get("tie"):
+        kind, label = ' class="tie"', " <i>a tie</i>"
+    caption = escape(row["caption"])
+    if picture and row.get("words"):
+        caption = shade(row["words"])
+    parts = PARTS.get(by, ())
+    names = [*parts, *(name for name in row["scores"] if name not in (by, *parts))]
+    scores = [f"<b>{escape(ranking(row, by))}</b>", *(escape(said(row, name)) for name in names)]
+    image = embedded(drawn(row, path))
+    if not image and (place == 1 or row.get("nan")):
+        image = f"<small>{LOST if row.get('nan') else escape(undrawn)}</small>"
+    return (f"<figure{kind}>{image}<b>{place}.</b> {caption}{label}"
+            f"<small>{'<br>'.join(scores)}</small></figure>")
 
 
 def embedded(picture, side=192):
@@ -154,6 +241,6 @@ def shade(words):
         colour = "40,160,60" if value > 0 else "220,50,40"
         strength = abs(value) / most * .7
         style = f"background:rgba({colour},{strength:.2f})"
-        title = f"{value:+.4f} +- {error:.4f}"
+        title = f"{value:+.4f} ± {error:.4f}"
         spans.append(f'<span style="{style}" title="{title}">{escape(word)}</span>')
     return " ".join(spans)

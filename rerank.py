@@ -5,21 +5,22 @@
     python rerank.py photo.jpg holiday/ --captioner vitb  # best of ten captions, for real pictures
     python rerank.py "a small red star on the grass"      # best of ten images for a sentence
     python rerank.py sentences.txt                        # one a line, or a JSON list
+    python rerank.py --captions mine.json --captioner vitb    # captions that exist: {image: [...]}
+    python rerank.py --images folder/ --captioner vitb    # pictures that exist: a folder a prompt
     python rerank.py --data data/nocaps --split out       # a set with references: worth of choosing
     python rerank.py --scorer full                        # the paper's cycle: each caption is drawn
     python rerank.py --words                              # which words explain the picture
     python rerank.py --pairs trl --margin .02             # preference pairs for DPO
 
-Writes into --out: candidates.jsonl (a line a candidate: item, caption, picture, scores and their
-standard errors, ranks), best.json, sheet.png, index.html. Run again, it goes on where it stopped;
+Writes into --out: index.html and sheet.png to look at; candidates.jsonl (a line a candidate: item,
+caption, picture, scores and their standard errors, ranks), the same as candidates.csv, best.json;
+winners/ (pictures and captions that `datasets` reads). Run again, it goes on where it stopped;
 another --by ranks anew without redoing anything. Under torchrun every process takes its share. The
 miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
-import argparse
+import script  # isort: skip
 import functools
 import itertools
-import json
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +30,12 @@ from tqdm import tqdm
 
 import best_of_n
 import data
+import inputs
 import judges
 import loading
 import metrics
-import page
-from best_of_n import IMAGE, TEXT, best_first, score_of
+import outputs
+from best_of_n import IMAGE, TEXT, best_first
 from captioners import Captioner
 from generators import Generator, few_steps
 
@@ -41,27 +43,35 @@ LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"]
               "both": ["clip"]}                  # for clipscore
 SETTINGS = ("n", "captioner", "generator", "way", "steps", "guidance", "likeness", "judges",
             "glove", "seed", "dtype", "ckpt", "scorer", "draws", "decoder")
+WRITTEN = ("candidates.jsonl", "candidates.csv", "best.json", "sheet.png", "index.html", "winners",
+           "pictures")
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    argv = sys.argv[1:] if argv is None else argv
+    p = script.Parser(__doc__)
     p.add_argument("inputs", nargs="*", help="pictures, folders, sentences, or a .txt or .json")
-    p.add_argument("-n", "--n", type=int, default=10, help="candidates an input (the paper's N)")
+    p.add_argument("-n", "--n", type=int, help="candidates an input; default 10 (the paper's N)")
     p.add_argument("--captioner", default="miniature",
                    help="miniature, vitb, vitl, blip2, folder, hub id, file.py:function")
     p.add_argument("--generator", help="default miniature or sd14, as the captioner; or as above")
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder: its trained weights")
+    p.add_argument("--captions", help="captions that exist: JSON {picture: [captions]}, JSON lines "
+                   "{image, captions}, or a folder of pictures with .txt beside them; pictures may "
+                   "be those of --data, by name")
+    p.add_argument("--images", help="pictures that exist: JSON {prompt: [pictures]}, JSON lines "
+                   "{prompt, images}, or a folder with a folder of pictures a prompt")
     p.add_argument("--data", help="a set for inputs, if none are given, and for references")
     p.add_argument("--split", help="of --data: val, test (default); in, near, out, nocaps (of it)")
     p.add_argument("--turn", choices=["image", "text"], help="side of --data; default image")
     p.add_argument("--limit", type=int, help="items; default 4 of --data miniature, else all")
     p.add_argument("--scorer", choices=["both", "full", "few"],
-                   help="both (default): what both models say of it, log-likelihood and denoising "
-                   "loss; full: the paper's cycle, draws or reads every candidate; few: of "
-                   "captions, in 8 steps of DPM-Solver++")
+                   help="both (default): what both models say of a candidate, its log-likelihood "
+                   "and the denoising loss; full: the paper's cycle, each is drawn or read; few: "
+                   "of captions, in 8 steps of DPM-Solver++")
     p.add_argument("--decoder", help="of few: tiny (TAESD), or an AutoencoderTiny's place")
     p.add_argument("--draws", type=int, default=12, help="of both: noises a candidate")
+    p.add_argument("--draw", action="store_true", help="draw winners that another --by has chosen")
     p.add_argument("--words", action="store_true", help="what each word of the winner adds")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: of captions "
                    "for TRL's DPO (JSON lines), of pictures for Diffusion-DPO (parquet)")
@@ -71,7 +81,8 @@ def flags(argv=None):
     p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*",
                    help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
-    p.add_argument("--by", help="the score that ranks; default both, else the first likeness")
+    p.add_argument("--by", help="the score that ranks: denoise (default of captions), both (of "
+                   "pictures), per_token, likelihood, clipscore; of full, few a likeness")
     p.add_argument("--judges", help="miniature, hub, cache (the hub's, as fetched before), folder "
                    "with clip, dino, sbert; default as the models, cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for wmd")
@@ -82,9 +93,22 @@ def flags(argv=None):
     p.add_argument("--out", type=Path, help="folder for what comes out; default out/rerank, or "
                    "out/rerank-2 ... where that holds a run of other settings")
     args = p.parse_args(argv)
+    args.line = argv
+    return complete(args)
+
+
+def complete(args):
+    """Defaults that follow from other flags, and what cannot be."""
     small = args.captioner == "miniature"
+    exist = args.captions or args.images
+    if bool(args.captions) + bool(args.images) + bool(args.inputs) > 1:
+        raise ValueError("--captions, --images and other inputs are runs of their own: give one")
+    if exist and args.n is not None:
+        raise ValueError(f"--n {args.n}: of --captions and --images, every candidate is ranked")
+    if args.n is None and not exist:
+        args.n = 10
     args.generator = args.generator or ("miniature" if small else "sd14")
-    args.data = args.data or ("miniature" if small else None)
+    args.data = args.data or ("miniature" if small and not exist else None)
     if args.split is None:
         own = args.data in (None, "miniature")
         args.split = "test" if own else data.default_split(args.data)
@@ -92,60 +116,31 @@ def flags(argv=None):
         args.batch = 40 if small else 10
     if args.steps is None:
         args.steps = 8 if args.scorer == "few" else 50
-    if min(args.n, args.batch, args.draws) < 1 or args.steps < 0 or not args.margin >= 0:
-        p.error("--n, --batch and --draws are at least 1, --steps and --margin at least 0")
+    counts = [args.n, args.batch, args.draws, args.limit]
+    least = min(count for count in counts if count is not None)
+    if least < 1 or args.steps < 0 or not args.margin >= 0:
+        raise ValueError("--n, --batch, --draws and --limit are at least 1, --steps and --margin "
+                         "at least 0")
     return args
 
 
-# ---------------------------------------------------------------- what goes in
-def from_set(root, split, turn, limit):
-    """(direction, items) of a set."""
-    if not root:
-        raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a "
-                         "set's folder")
-    items = data.read(root, split)[:limit or (4 if root == "miniature" else None)]
-    if turn == "text" and not all(item.captions for item in items):
-        raise ValueError(f"--turn text: {root} has pictures without captions")
-    return (TEXT if turn == "text" else IMAGE), items
+# ---------------------------------------------------------------- what goes in, where it goes
+def find(listed, captions, pictures, root, split, turn, limit):
+    """inputs.Inputs of what the command line names."""
+    if captions:
+        return inputs.given_captions(captions, limit, data.read(root, split) if root else ())
+    if pictures:
+        return inputs.given_pictures(pictures, limit)
+    if listed:
+        return inputs.from_arguments(listed, limit)
+    return inputs.from_set(root, split, turn, limit)
 
 
-def from_arguments(inputs, limit):
-    """(direction, items) of pictures or of sentences; both in one run are refused."""
-    pictures, sentences = {}, {}
-    for given in inputs:
-        path = Path(given)
-        if os.path.isdir(given):                 # of a long sentence, Path.is_dir raises
-            for item in data.read(path):
-                name = item.path.as_posix()
-                pictures[name] = data.Item(name, item.path, item.captions)
-        elif path.suffix.lower() in data.SUFFIXES:
-            if not os.path.exists(given):
-                raise ValueError(f"{given}: no such picture")
-            pictures[path.as_posix()] = data.Item(path.as_posix(), path)
-        else:
-            for sentence in map(data.one_line, sentences_in(given, path.suffix.lower())):
-                sentences[sentence] = data.Item(sentence, None, [sentence])
-    if pictures and sentences:
-        raise ValueError(f"pictures and sentences in one run (such as {next(iter(pictures))!r} and "
-                         f"{next(iter(sentences))!r}): give one kind; a picture's name ends in "
-                         f"{' '.join(sorted(data.SUFFIXES))}")
-    if "" in sentences:
-        raise ValueError("an empty sentence can't be drawn")
-    found = list((pictures or sentences).values())
-    return (IMAGE if pictures else TEXT), found[:limit]
-
-
-def sentences_in(given, kind):
-    """Of a .txt, one a line; of a .json, a list; else what is given is one."""
-    if kind not in (".txt", ".json"):
-        return [given]
-    if not os.path.exists(given):
-        raise ValueError(f"{given}: no such file of sentences")
-    text = Path(given).read_text(encoding="utf-8")
-    lines = data.load_json(given) if kind == ".json" else text.splitlines()
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"{given}: expected a JSON list of strings, or a .txt, one a line")
-    return [line for line in lines if line.strip()]
+def default_scorer(captioner, generator, reads):
+    """By RESULTS.md `both`; but what comes in as file.py:function may lack a loss. reads: whether
+    the captioner's counts."""
+    names = [generator, captioner] if reads else [generator]
+    return "full" if any(".py:" in name for name in names) else "both"
 
 
 def default_folder(settings):
@@ -164,6 +159,24 @@ def default_folder(settings):
     return free[0]
 
 
+def check_folder(out, settings):
+    """Refuses a folder that holds another run, or files of these names that are nobody's."""
+    if (out / "settings.json").exists():
+        data.same_settings(out, settings)
+        return
+    here = [name for name in WRITTEN if (out / name).exists()]
+    if here:
+        raise ValueError(f"{out} holds {', '.join(here)} of no run of this script: choose another "
+                         "--out")
+
+
+def of_set(inputs, root, split):
+    """What settings.json says of the set that items are of: none, where inputs are given."""
+    if inputs or not root:
+        return {"data": "None", "split": "None"}
+    return {"data": str(Path(root)), "split": str(split)}
+
+
 # ---------------------------------------------------------------- who speaks, who judges
 def speakers(captioner, generator, ckpt, device, dtype):
     """Both by name, with the trained weights of --ckpt. A captioner of None is not needed."""
@@ -175,8 +188,11 @@ def speakers(captioner, generator, ckpt, device, dtype):
     return captioner, generator
 
 
-def make_fit(generator, scorer, decoder, name):
-    """Readies a generator for --scorer, or says why it can't do that."""
+def make_fit(captioner, generator, scorer, decoder, reads, name):
+    """Readies a generator for --scorer, or says why it can't do that. reads: whether the captioner
+    has to read what it has not said."""
+    if reads and not hasattr(captioner, "likelihood"):
+        raise ValueError("the captioner has no `likelihood`: it can't read what it has not said")
     if scorer == "both" and not getattr(generator, "denoises", False):
         raise ValueError(f"--scorer both: {name} is no Stable Diffusion 1.x or 2.x: say "
                          "--scorer full")
@@ -232,79 +248,75 @@ def cider(df, captions, texts):
     return metrics.cider(captions, [[text] for text in texts], df)
 
 
-# ---------------------------------------------------------------- what comes of it
-def show(items, groups, by, direction, note, out):
-    """best.json, sheet.png, index.html; and prints the candidates of the first items."""
-    best, shown = {}, []
-    for item in [item for item in items if item.name in groups]:
-        rows = groups[item.name]
-        picture = item.path if direction == IMAGE else None
-        shown.append((item.name, picture, "" if picture else item.captions[0], rows))
-        best[item.name] = {"caption": rows[0]["caption"], "picture": rows[0]["picture"], "by": by,
-                           "score": rows[0]["scores"].get(by)}
-    data.write_text(out / "best.json", json.dumps(best, indent=2, ensure_ascii=False) + "\n")
-    page.sheet(shown, by, out / "sheet.png")
-    page.index(shown, by, direction, note, out / "index.html")
-    for name, picture, text, rows in shown[:20]:
-        print(f"\n{name if picture else text}")
-        for place, row in enumerate(rows, 1):
-            shown = [f"{name} {score_of(row, name):8.4f}" for name in (by, *page.PARTS.get(by, ()))]
-            print(f"  {place:2d}  {'  '.join(shown)}  {row['caption']}")
-            for word, value, error in row.get("words", ()):
-                print(f"        {word:12s} {value:+.4f} +- {error:.4f}")
-    print()
-
-
-def show_worth(groups, items):
-    """Of captions with references, prints 100 x CIDEr of a random one, of the one that each score
-    chooses, of the best."""
-    references = {item.name: item.captions for item in items if len(item.captions) > 1}
-    groups = {name: rows for name, rows in groups.items() if name in references}
-    if len(groups) < 2:
-        return
-    captions, scores = [], {}
-    for rows in groups.values():
-        captions.append([row["caption"] for row in rows])
-        for name in rows[0]["scores"]:
-            scores.setdefault(name, []).append([score_of(row, name) for row in rows])
-    # a judge that was absent for a while has scored some items only
-    scores = {name: values for name, values in scores.items() if len(values) == len(groups)}
-    df = metrics.document_frequency(list(references.values()))
-    quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
-    for name, ranking in scores.items():
-        found = metrics.choices(quality, ranking)
-        low, high = found["interval"]
-        print(f"CIDEr of {len(groups)} items by {name:11s} mean {found['mean']:6.1f}   chosen "
-              f"{found['chosen']:6.1f}   oracle {found['oracle']:6.1f}   gain "
-              f"{found['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
-
-
 # ---------------------------------------------------------------- the road
-def converse(items, direction, out, settings, how):
+def opened(item, candidates, skipped):
+    """(picture or text of an item, its given candidates or None, the files of such pictures). Adds
+    to `skipped` why one of these can't be read."""
+    if item.path:
+        return data.open_image(item.path), candidates, None
+    if candidates is None:
+        return item.captions[0], None, None
+    pictures, files = [], []
+    for path in candidates:
+        try:
+            pictures.append(data.open_image(path))
+            files.append(str(path.resolve()))
+        except ValueError as e:
+            skipped.append(str(e))
+    if not pictures:
+        raise ValueError(f"{item.name}: none of its pictures can be read")
+    return item.captions[0], pictures, files
+
+
+def converse(items, found, marks, out, settings, how):
     """Has the conversation over items, some at a time, and keeps their rows, with the settings of
-    the run. Returns why items were skipped. how: arguments of captions_for and pictures_for."""
-    conversation = best_of_n.captions_for if direction == IMAGE else best_of_n.pictures_for
-    chunk = max(1, how["draw"]["batch"] // how["n"])
-    quiet = data.rank_and_world()[0] > 0
+    the run. Returns why what was skipped. how: arguments of captions_for and pictures_for."""
+    image = found.direction == IMAGE
+    conversation = best_of_n.captions_for if image else best_of_n.pictures_for
+    n = how["n"] or max(map(len, found.given.values()))
+    chunk = max(1, how["draw"]["batch"] // n)
     skipped = []
-    bar = tqdm(total=len(items), desc=f"{direction}, N = {how['n']}", disable=quiet)
+    bar = tqdm(total=len(items), desc=found.direction, disable=data.rank_and_world()[0] > 0)
     for start in range(0, len(items), chunk):
-        given = {}                               # pictures, or texts, by their items' places
-        for i, item in enumerate(items[start:start + chunk], start):
+        ready = []
+        for item in items[start:start + chunk]:
             try:
-                given[i] = item.captions[0] if direction == TEXT else data.open_image(item.path)
+                ready.append((item, *opened(item, found.given.get(item.name), skipped)))
             except ValueError as e:
                 skipped.append(str(e))
-        if given:
-            names = [items[i].name for i in given]
-            groups = conversation(list(given.values()), names, **how)
+        if ready:
+            some, sources, given, files = zip(*ready)
+            groups = conversation(list(sources), [item.name for item in some],
+                                  given=given if found.given else None, **how)
             loading.record_revisions(out)
             data.same_settings(out, settings)    # only now: what came to nothing binds nobody
-            for i, rows in zip(given, groups):
-                best_of_n.keep(items[i], rows, direction, how["seed"], how["generator"], out)
+            for item, rows, names in zip(some, groups, files):
+                for row, name in zip(rows, names or ()):
+                    row["picture"] = name
+                best_of_n.keep(item, rows, found.direction, how["seed"], how["generator"], out,
+                               marks.get(item.name))
         bar.update(len(items[start:start + chunk]))
     bar.close()
     return skipped
+
+
+def tell(found, done):
+    """Says what was left out of the inputs, and how many are done already."""
+    old = sum(item.name in done for item in found.items)
+    for note in found.notes:
+        script.say(note)
+    if old:
+        script.say(f"{old} of {len(found.items)} already done")
+
+
+def choose(groups, by, wanted, direction):
+    """(the score that ranks, {item: its rows, best first}). ValueError where there is none such."""
+    names = outputs.score_names(groups)
+    usual = (best_of_n.RANKS[direction], "denoise", *wanted)
+    by = by or next(name for name in usual if name in names)
+    if by not in names:
+        raise ValueError(f"--by {by}: this run has {', '.join(names)}")
+    return by, {name: best_first(rows, by) for name, rows in groups.items()}
 
 
 def main(args):
@@ -314,91 +326,90 @@ def main(args):
     loading.tune_process(args.captioner, args.generator)
 
     # 1) what goes in, what the run is made of, and what of it is done
-    if args.inputs:
-        direction, items = from_arguments(args.inputs, args.limit)
-    else:
-        direction, items = from_set(args.data, args.split, args.turn, args.limit)
-    if args.scorer is None:                      # by RESULTS.md; what comes in may lack a loss
-        judges_of = [args.generator, args.captioner] if direction == TEXT else [args.generator]
-        args.scorer = "full" if any(".py:" in name for name in judges_of) else "both"
-    if args.steps == 0 and (direction == TEXT or args.scorer != "both"):
+    found = find(args.inputs, args.captions, args.images, args.data, args.split, args.turn,
+                 args.limit)
+    direction, items = found.direction, found.items
+    reads = direction == TEXT or bool(found.given)
+    args.scorer = args.scorer or default_scorer(args.captioner, args.generator, reads)
+    draws = args.draw or direction == TEXT or args.scorer != "both"
+    if args.steps == 0 and draws and not args.images:
         raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"direction": direction}
-    settings["set"] = "None" if args.inputs else f"{Path(args.data).name} {args.split}"
+    settings |= of_set(args.inputs or args.images, args.data, args.split)
+    settings["given"] = str(bool(found.given) or None)
     out = args.out or default_folder(settings)
-    if (out / "settings.json").exists():
-        data.same_settings(out, settings)
-    if args.out is None and out.name != "rerank" and process == 0:
-        print(f"rerank.py: out/rerank holds another run; this one is in {out}", file=sys.stderr)
+    check_folder(out, settings)
+    if out.name != "rerank" and args.out is None:
+        found.notes.append(f"out/rerank holds another run; this one is in {out}")
     if processes > 1:
         dist.barrier()                           # nothing is written before all know where
-    done = best_of_n.finished(out, args.n)
+    marks = {x.name: inputs.mark(found.given[x.name], x.path) for x in items if found.given}
+    done = best_of_n.finished(out, args.n, marks)
+    if process == 0:
+        tell(found, done)
     rest = [item for item in items[process::processes] if item.name not in done]
 
     # 2) the conversations that are left
     wanted = args.likeness or LIKENESSES["both" if args.scorer == "both" else direction]
+    draw = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch}
+    own = {"speak": {"way": args.way}, "by": args.by} if direction == IMAGE else {}
     generator, skipped = None, []
     if rest:                                     # models before judges: the real cause comes first
         captioner, generator = speakers(args.captioner, args.generator, args.ckpt, args.device,
                                         args.dtype)
-        make_fit(generator, args.scorer, args.decoder, args.generator)
+        make_fit(captioner, generator, args.scorer, args.decoder,
+                 reads and (direction == IMAGE or args.scorer == "both"), args.generator)
         device, _ = loading.device_and_dtype(args.device)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
         likeness, clip = likenesses(wanted, args.likeness, args.by, direction, args.judges, device,
                                     references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
-        skipped = converse(rest, direction, out, settings, {
+        skipped = converse(rest, found, marks, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
-            "speak": {"way": args.way} if direction == IMAGE else None,
-            "draw": {"steps": args.steps, "guidance": args.guidance, "batch": args.batch}})
+            "draw": draw, **own})
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
     for reason in skipped:
-        print(f"rerank.py: skipped {reason}", file=sys.stderr)
+        script.say(f"skipped {reason}")
     if process > 0:
         return 0
 
     # 3) all of it once more, ranked and in the order of the inputs
-    done = best_of_n.finished(out, args.n)
+    done = best_of_n.finished(out, args.n, marks)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
-        raise ValueError(f"none of the {len(items)} pictures could be read")
+        raise ValueError(f"none of the {len(items)} inputs could be read")
     for rows in done.values():
         best_of_n.rank(rows)
+    by, ordered = choose(groups, args.by, wanted, direction)
+    best = [rows[0] for rows in ordered.values() if rows[0]["scores"].get(by) is not None]
+    undrawn = [row for row in best if not row["picture"] and "nan" not in row]
+
+    @functools.cache
+    def drawer():
+        return generator or speakers(None, args.generator, args.ckpt, args.device, args.dtype)[1]
+    if undrawn and args.draw:
+        best_of_n.draw_later(undrawn, drawer(), args.seed, draw, out)
     data.write_rows(out / "candidates.jsonl", itertools.chain(*(groups | done).values()))
-    names = list(dict.fromkeys(name for rows in groups.values() for name in rows[0]["scores"]))
-    by = args.by or next(name for name in ["both", "denoise", *wanted] if name in names)
-    if by not in names:
-        raise ValueError(f"--by {by}: this run has {', '.join(names)}")
-    ordered = {name: best_first(rows, by) for name, rows in groups.items()}
-    if args.words:
-        new = best_of_n.recall_words([rows[0] for rows in ordered.values()], out)
-        if new and generator is None:
-            _, generator = speakers(None, args.generator, args.ckpt, args.device, args.dtype)
-        if new:
-            best_of_n.explain(new, generator, 2 * args.draws, args.seed, args.batch, out)
-    note = f"{args.captioner} and {args.generator}, N = {args.n}, {args.steps} steps"
-    show(items, ordered, by, direction, f"{note}, seed {args.seed}, ranked by {by}", out)
-    if direction == IMAGE:
-        show_worth(groups, items)
+    new = best_of_n.recall_words(best, out) if args.words else []
+    if new:
+        best_of_n.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)
+    home, warning = inputs.toys(args.captioner, args.generator, found, args.line)
+    note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
+            f"steps, seed {args.seed}, ranked by {by}. {home}")
+    absent = "not drawn: --draw does it" if args.steps else ""
+    outputs.show(found, ordered, by, note, warning, absent, out)
     if args.pairs:
-        print(best_of_n.write_pairs(args.pairs, groups, by, args.margin, out))
-    cut = sum(row.get("cut", False) for rows in groups.values() for row in rows)
-    if cut:
-        print(f"{cut} of {len(groups) * args.n} captions are longer than the text encoder of "
-              f"{args.generator} reads: they were drawn and scored without their ends (`cut` in "
-              "candidates.jsonl)")
-    print(f"{len(groups)} of {len(items)} inputs done, {len(skipped)} skipped; look at "
+        print(outputs.write_pairs(args.pairs, groups, by, args.margin, out))
+    for line in outputs.odd(ordered, found.given, by, args.generator, absent):
+        print(line)
+    print(f"{len(groups)} of {len(items)} inputs done, {len(items) - len(groups)} skipped; look at "
           f"{out / 'index.html'} and {out / 'sheet.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"rerank.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

@@ -1,8 +1,8 @@
 """The rows of the paper's tables: scores of captions and of pictures, by domain.
 
     notes = []                                                     # what can't be had, and why
-    items, captions = matched("captions.json", "references.json", notes)
-    rows = of_captions(items, captions, "hub", "cuda", notes)      # Table 3
+    rows = of_captions(items, a, "hub", "cuda", notes)             # Table 3
+    rows = compared(items, a, b, "hub", "cuda", notes)             # b - a, by metric and domain
     rows = of_pictures(items, files, "hub", "cuda", notes)         # Table 4
     print(text("captions", rows, CAPTIONS))
 
@@ -10,9 +10,11 @@ Items are data.Items: captions (the references), path (of the picture), domain. 
 items, score: value, or {value, low, high} with ci, or None where it can't be had}}. Copy this file
 with data.py, judges.py, loading.py and metrics.py.
 """
+import functools
 import math
-import re
+from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
@@ -21,18 +23,46 @@ import judges
 import metrics
 
 CAPTIONS = ("B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE", "WMD", "CLIP", "SBERT")
+WITH_PICTURES = ("CLIPScore", "RefCLIPScore")
+IMAGE = "image-text-image"                                      # a direction of rerank.py
+CHOICE = ("mean", "chosen", "oracle", "gain", "percent")
 PICTURES = ("CLIP", "DINO", "FID", "IS", "FD-DINO")
 HUNDRED = {"B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE"}        # papers print these x 100
 OF_SETS = {"FID", "IS", "FD-DINO"}                              # of two pictures or more
 DOMAIN = {"in-domain": "in", "near-domain": "near", "out-domain": "out", None: "all"}
 
 
-def of_captions(items, captions, place, device, notes, glove=None, ci=False):
-    """Rows of CAPTIONS of a caption of each item. CIDEr's document frequency is that of all items,
-    a domain's CIDEr the mean of its items; its BLEU is computed anew."""
+def of_captions(items, captions, place, device, notes, glove=None, ci=False, pictures=False):
+    """Rows of CAPTIONS of a caption of each item; pictures: and of WITH_PICTURES. CIDEr's document
+    frequency is that of all items, a domain's CIDEr the mean of its items; its BLEU is computed
+    anew."""
+    df = document_frequency(items)
+    scores = caption_scores(items, captions, df, place, device, notes, glove, pictures)
+    names = CAPTIONS + WITH_PICTURES if pictures else CAPTIONS
+    return rows_of(items, scores, names, ci)
+
+
+def compared(items, a, b, place, device, notes, glove=None, pictures=False):
+    """Two systems' captions of each item: {"metric, domain": metrics.paired of them}."""
+    df = document_frequency(items)
+    both = [*a, *b]                                             # one after the other: (2 N,)
+    scores = caption_scores([*items, *items], both, df, place, device, notes, glove, pictures)
+    out = {}
+    for name, values in scores.items():
+        one, other = np.split(values, 2)
+        statistic = functools.partial(score_of, name)
+        for domain, rows in by_domain(items).items():
+            out[f"{name}, {domain}"] = metrics.paired(one[rows], other[rows], statistic)
+    return {name: row for name, row in out.items() if row}
+
+
+def caption_scores(items, captions, df, place, device, notes, glove=None, pictures=False):
+    """{metric: values (n, ...) of n captions}, as score_of takes them."""
     references = [x.captions for x in items]
+    if df[1] == 1:
+        notes.append("CIDEr of one image alone is 0, whatever is said: no word is rarer there")
     scores = dict.fromkeys(CAPTIONS[:4], metrics.bleu_counts(captions, references))
-    scores["CIDEr"] = metrics.cider(captions, references)
+    scores["CIDEr"] = metrics.cider(captions, references, df)
     try:
         scores["SPICE"] = metrics.spice(captions, references)
     except metrics.Unavailable as e:
@@ -40,7 +70,31 @@ def of_captions(items, captions, place, device, notes, glove=None, ci=False):
     scores |= likenesses(captions, references, place, device, notes, glove)
     if "WMD" in scores:
         scores["WMD"] = -scores["WMD"]                          # papers print the distance
-    return rows_of(items, scores, CAPTIONS, ci)
+    if pictures:
+        scores |= clipscores(items, captions, place, device, notes)
+    for name in ("SPICE", "WMD", *WITH_PICTURES):
+        without = int(np.isnan(scores.get(name, 0)).sum())
+        if without:
+            notes.append(f"{name} is the mean of {len(captions) - without} of {len(captions)} "
+                         "captions: the others have none")
+    return scores
+
+
+def clipscores(items, captions, place, device, notes):
+    """{CLIPScore, RefCLIPScore: (n,)} of n captions of items; nan where the picture can't be
+    read."""
+    judge = load_judges(("clip",), "image", place, device, notes).get("CLIP")
+    if judge is None:
+        return {}
+    found = np.full((len(items), 2), np.nan)
+    for i, (item, caption) in enumerate(zip(items, captions)):
+        try:
+            image = data.open_image(item.path)[None]
+        except ValueError as e:
+            notes.append(f"skipped {e}")
+            continue
+        found[i] = judge.clipscore(image, caption, item.captions)
+    return dict(zip(WITH_PICTURES, found.T))
 
 
 def of_pictures(items, files, place, device, notes, inception=None, ci=False):
@@ -51,7 +105,7 @@ def of_pictures(items, files, place, device, notes, inception=None, ci=False):
     try:
         see = judges.inception_features(device, inception)
         encoders["inception"] = lambda image: np.hstack(see(image))     # 2048 features, 1008 logits
-    except judges.Unavailable as e:
+    except ValueError as e:
         notes.append(f"no FID, no IS: {e}")
     vectors = {name: [] for name in encoders}
     read = []
@@ -121,6 +175,110 @@ def picture_likenesses(files, paths, place, device, notes):
     return {name: np.array(values) for name, values in out.items()}
 
 
+# ---------------------------------------------------------------- Tables 1 and 2, Figures 3 and 4
+def document_frequency(items):
+    """CIDEr's, of the references of the items that have some. Of a whole split, in rerank.py and
+    here alike: numbers of fewer of its items then compare."""
+    return metrics.document_frequency([x.captions for x in items if x.captions])
+
+
+def groups_of(path, items, root, split):
+    """{item's name: its rows} of candidates.jsonl, as many of each. ValueError where one is not of
+    these items."""
+    known = {x.name: x for x in items}
+    groups = {}
+    for row in data.read_rows(path):
+        item = known.get(row["item"])
+        given = row["input"]
+        if row["direction"] == IMAGE:
+            same = item and Path(given).name == item.path.name
+        else:
+            same = item and item.captions[:1] == [given]
+        if not same:
+            raise ValueError(f"{path}: item {row['item']}, made of {given!r}, is not in {root}, "
+                             f"split {split}: name the set by --data")
+        groups.setdefault(item.name, []).append(row)
+    sizes = Counter(map(len, groups.values()))
+    if len(sizes) > 1:
+        raise ValueError(f"{path} has more candidates of some items: run rerank.py again")
+    return groups
+
+
+def complete(rows):
+    """Whether an item has candidates, and, of a text, all their pictures."""
+    return bool(rows) and (rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows))
+
+
+def findings(folder, root, split, place, device, notes, glove=None):
+    """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
+    {"metric by score": {domain: row}}, and their direction. root, split: the set it was made of."""
+    path = folder / "candidates.jsonl"
+    items = data.read(root, split)
+    groups = groups_of(path, items, root, split)
+    chosen = [x for x in items if x.captions and complete(groups.get(x.name, []))]
+    if len(chosen) < len(groups):
+        notes.append(f"{len(groups) - len(chosen)} of {len(groups)} items are left out: they have "
+                     "no references, or pictures that are no numbers")
+    if len(chosen) < 2:
+        raise ValueError(f"fewer than two items of {folder} have references: nothing to average")
+    rows = list(chain(*(groups[x.name] for x in chosen)))      # n of each item, item by item
+    shape = len(chosen), len(rows) // len(chosen)
+    owners = np.repeat(chosen, shape[1])
+    direction = rows[0]["direction"]
+    if direction == IMAGE:
+        captions = [row["caption"] for row in rows]
+        references = [x.captions for x in owners]
+        df = document_frequency(items)
+        candidates = np.reshape(captions, shape).tolist()
+        quality = {"CIDEr": metrics.caption_quality(candidates, references[::shape[1]], df)}
+        quality |= likenesses(captions, references, place, device, notes, glove)
+    else:
+        files = [folder / row["picture"] for row in rows]
+        paths = [x.path for x in owners]
+        quality = picture_likenesses(files, paths, place, device, notes)
+    out = {}
+    for by in rows[0]["scores"]:
+        ranking = np.array([row["scores"].get(by) for row in rows], float).reshape(shape)
+        missing = np.isnan(ranking)
+        if missing.all(1).any():
+            notes.append(f"no choice by {by}: some items have no such score")
+            continue
+        if missing.any():
+            notes.append(f"{missing.sum()} candidates without {by} come last by it")
+            ranking[missing] = -np.inf
+        for metric, values in quality.items():
+            out[f"{metric} by {by}"] = choices(values.reshape(shape), ranking, chosen)
+    return {"findings": out, "direction": direction}
+
+
+def choices(quality, ranking, items):
+    """{domain: metrics.choices, and its gain in per cent of the mean}."""
+    out = {}
+    for domain, some in by_domain(items).items():
+        row = metrics.choices(quality[some], ranking[some])
+        row["percent"] = 100 * row["gain"] / (abs(row["mean"]) or math.nan)
+        out[domain] = row
+    return out
+
+
+def plot(found, path):
+    """Figures 3 and 4: mean quality by rank, a panel for each metric, a line for each score."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = list(dict.fromkeys(name.split(" by ")[0] for name in found))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
+    for name, rows in found.items():
+        metric, by = name.split(" by ")
+        axis = axes[0][names.index(metric)]
+        axis.plot(rows["all"]["by_rank"], marker="o", ms=3, label=by)
+        axis.set(title=f"{metric}, n = {rows['all']['items']}", xlabel="rank by the score named")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------- rows
 def by_domain(items):
     """{domain: numbers of its items}, in the domains' order, and "all"."""
@@ -179,74 +337,49 @@ def text(title, rows, names):
     return "\n".join(lines)
 
 
+def signed(name, row):
+    """A row of metrics.paired as strings, by the digits of its metric: {column: text}."""
+    digits = 1 if name.partition(",")[0] in HUNDRED else 3
+    low, high = row["interval"]
+    gain = f"{row['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return {"n": row["items"], "a": f"{row['a']:.{digits}f}", "b": f"{row['b']:.{digits}f}",
+            "b - a": gain, "p": f"{row['p']:.3f}"}
+
+
 def cell(name, value):
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     digits = 1 if name in HUNDRED else 3
     if isinstance(value, dict):
         return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value.values(), d=digits)
     return f"{value:.{digits}f}"
 
 
-# ---------------------------------------------------------------- files of captions
-def key(image):
-    """An image by its number where its name is one, as COCO's files' are
-    (val2014/COCO_val2014_000000391895.jpg)."""
-    digits = re.fullmatch(r"(?:.*/)?(?:COCO_\w+_|coco_)?(\d+)(?:\.\w+)?", str(image))
-    return str(int(digits[1])) if digits else str(image)
-
-
-def keys(images, source):
-    """The `key` of each. Raises ValueError where two images have one."""
-    first = {}
-    for image in images:
-        other = first.setdefault(key(image), image)
-        if str(other) != str(image):
-            raise ValueError(
-                f"{source}: {other} and {image} are one image by their number: rename one")
-    return [key(image) for image in images]
-
-
-def captions_in(path):
-    """({image: captions}, {image: domain}) of COCO's results or annotations, NoCaps, Karpathy's and
-    BLIP's files, {image: caption or captions}. Raises ValueError for others."""
-    found = data.load_json(path)
-    domains = {}
-    out = {}
-    try:
-        if isinstance(found, list):                                  # COCO's results, BLIP's rows
-            images = [x.get("image") or x["image_id"] for x in found]
-            captions = [x["caption"] for x in found]
-        elif "annotations" in found:                                 # COCO, NoCaps
-            images = [x["image_id"] for x in found["annotations"]]
-            captions = [x["caption"] for x in found["annotations"]]
-            domains = {key(x["id"]): x.get("domain") for x in found.get("images", ())}
-        elif "images" in found:                                      # Karpathy's
-            images = [x.get("cocoid") or x["imgid"] for x in found["images"]]
-            captions = [x["sentences"] for x in found["images"]]
-        else:
-            images, captions = found.keys(), found.values()
-        for image, some in zip(keys(images, path), captions):
-            if isinstance(some, str):
-                some = [some]
-            texts = [c if isinstance(c, str) else c["raw"] for c in some]
-            out.setdefault(image, []).extend(texts)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: expected [{{image_id, caption}}, ...], COCO annotations, "
-                         "Karpathy's rows, or {image: captions}") from e
-    return {image: texts for image, texts in out.items() if texts}, domains
-
-
-def matched(path, source, notes):
-    """Items of the images with a caption in path and references in source, and their captions."""
-    said, _ = captions_in(path)
-    references, domains = captions_in(source)
-    names = [x for x in said if x in references]
-    if not names:
-        one, other = next(iter(said), None), next(iter(references), None)
-        raise ValueError(f"no image of {path} is in {source} (such as {one!r} and {other!r})")
-    if not len(names) == len(said) == len(references):
-        notes.append(f"{len(said) - len(names)} captions have no references, "
-                     f"{len(references) - len(names)} images no caption")
-    items = [data.Item(x, None, references[x], domains.get(x)) for x in names]
-    return items, [said[x][-1] for x in names]
+def report(results):
+    """All of an evaluation's results as text."""
+    texts = []
+    if "captions" in results:
+        names = [name for name in results["captions"]["all"] if name != "n"]
+        texts.append(text("captions", results["captions"], names))
+    if "images" in results:
+        texts.append(text("pictures", results["images"], PICTURES))
+    if "compare" in results:
+        rows = {name: signed(name, row) for name, row in results["compare"].items()}
+        texts.append(text("captions", rows, ("a", "b", "b - a", "p")))
+    if "label_free" in results:
+        found = results["label_free"]
+        for x in found["items"]:
+            texts.append(f"{x['score']:+.4f} +- {x['error']:.4f}  {x['item']}: {x['caption']}")
+        texts.append("mean of {n} images, {draws} draws each ({score}): {mean:+.4f} "
+                     "[{low:+.4f}, {high:+.4f}]".format(**found))
+    choice = {}
+    for name, domains in results.get("findings", {}).items():
+        for domain, row in domains.items():
+            low, high = row["interval"]
+            gain = {"value": row["gain"], "low": low, "high": high}
+            choice[f"{name}, {domain}"] = row | {"n": row["items"], "gain": gain}
+    if choice:
+        texts.append(text("choice", choice, CHOICE))
+    return "\n".join(texts)

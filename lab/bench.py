@@ -7,7 +7,6 @@
 What is compared is the same work with the same result; the tests hold the results against each
 other, not this file.
 """
-import argparse
 import contextlib
 import gc
 import itertools
@@ -30,6 +29,7 @@ import data
 import finetune
 import losses
 import metrics
+import script
 from captioners import Captioner
 from generators import Generator, few_steps
 from miniature import world
@@ -48,8 +48,7 @@ REAL = (
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default="all",
                    help="all, the default: all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
@@ -422,8 +421,4 @@ def five_digits(text):
 
 if __name__ == "__main__":
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")            # the profiler talks to stderr
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"bench.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

@@ -8,7 +8,6 @@ and the strongest beam search. test: the table that the default comes from. Seco
 thread's own time. Run again, it goes on where it stopped; remove out/lab to measure anew.
 """
 import re
-import sys
 import zlib
 
 import numpy as np
@@ -31,13 +30,23 @@ WIDTHS = (3, 5, 10)                              # of beam search
 PENALTIES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)       # of its length; 1 is the library's own, 0 is none
 DRAWS = (1, 2, 4, 6, 8, 12, 16, 32, 64)          # numbers of noises of the denoising loss
 TEMPERATURES = (0.5, 2.0)                        # of the likelihood
-SHARES = (0.5, 2.0, 3.0)                         # of denoise beside the likelihood, standardised
-WEIGHTS = (10, 30, 100, 300, 1000)               # of denoise beside nats per token
+SHARES = (0.5, 2.0)                              # of denoise beside the likelihood, standardised
+WEIGHTS = (10, 30, 100, 300)                     # of denoise beside nats per token
+BOTH = ["likelihood", "denoise"]
 # what a score takes once captions are sampled
-TAKES = {"likelihood": ["likelihood"], "per token": ["likelihood"], "clipscore": ["clipscore"],
-         "denoise": ["denoise"], "both": ["likelihood", "denoise"]}
+TAKES = {
+    "likelihood": ["likelihood"],
+    "per token": ["likelihood"],
+    "clipscore": ["clipscore"],
+    "denoise": ["denoise"],
+    "both": BOTH,
+}
 CYCLE = {"clip": 100, "dino": 100, "few": 16}    # UNet evaluations of a caption that is drawn
-COMPARED = (("both", "denoise"), ("both", "per token"), ("both", "clipscore"))
+COMPARED = [
+    ("both", "denoise"),
+    ("both", "per token"),
+    ("both", "clipscore"),
+]
 
 
 # ---------------------------------------------------------------- one picture
@@ -76,9 +85,16 @@ def of_picture(name, domain, index, n, draws, beams):
             longer[count] = -loss[rows].mean(0)[place]                            # (10,)
 
     captions = candidates + searches
-    return {"domain": domain, "captions": captions, "references": references, "seconds": seconds,
-            "different": len(set(samples)), "scores": scores, "longer": longer,
-            "quality": qualities(captions, references, scene)}
+    return {
+        "domain": domain,
+        "captions": captions,
+        "references": references,
+        "seconds": seconds,
+        "different": len(set(samples)),
+        "scores": scores,
+        "longer": longer,
+        "quality": qualities(captions, references, scene),
+    }
 
 
 def some(total, count, item):
@@ -123,6 +139,11 @@ def only(values, at):
     return {name: x[:, at] for name, x in values.items()}
 
 
+def of_items(values, at):
+    """{name: values of the items `at`}."""
+    return {name: x[at] for name, x in values.items()}
+
+
 def chosen(quality, score):
     """{measure: (items,)} of the candidate that a score (items, n) puts first."""
     best = np.asarray(score).argmax(1)[:, None]
@@ -142,8 +163,11 @@ def against(found, beam, rows):
 
 def rules(scores):
     """{name: (items, n)}: either verdict alone, and the ways to put the two together."""
-    said, drawn = scores["per token"], scores["denoise"]
-    found = {name: scores[name] for name in ("denoise", "likelihood", "per token", "clipscore")}
+    said = scores["per token"]
+    drawn = scores["denoise"]
+    found = {}
+    for name in ("denoise", "likelihood", "per token", "clipscore"):
+        found[name] = scores[name]
     found["both"] = losses.both(said, -drawn).numpy()
     for heat in TEMPERATURES:
         other = scores[f"per token, T {heat:g}"]
@@ -172,43 +196,51 @@ def val(lab):
             name = f"val {domain} {index}"
             work[name] = (name, domain, VAL + index, 50, DRAWS[-1], beams)
     rows = lab.measured("choice-val", of_picture, work)
-    quality, scores = quality_of(rows), columns(rows, "scores")
+    quality = quality_of(rows)
+    scores = columns(rows, "scores")
 
     searches = {}                                # they come after 50 samples and three beams
     for place, (width, penalty) in enumerate(beams, 53):
         searches[f"{width} beams, length penalty {penalty:g}"] = only(quality, place)
     strongest = max(searches, key=lambda name: searches[name]["CIDEr"].mean())
     beam = searches[strongest]
-    found = {"strongest": strongest, "beams": {}, "rules": {}, "candidates": {}, "draws": {}}
+    found = {"beams": {}, "rules": {}, "candidates": {}, "draws": {}}
     for name, values in searches.items():
         found["beams"][name] = against(values, beam, rows)
     for name, score in rules(only(scores, slice(10))).items():
         found["rules"][name] = against(chosen(quality, score), beam, rows)
     for n in (2, 5, 10, 20, 50):
         for name, score in rules(only(scores, slice(n))).items():
-            if name in ("denoise", "per token", "both"):
+            if name in ("denoise", "both"):
                 values = chosen(quality, score)
                 found["candidates"][f"{name}, {n}"] = against(values, beam, rows)
     wider = [*range(10), 50, 51, 52]
     values = chosen(only(quality, wider), rules(only(scores, wider))["both"])
     found["candidates"]["both, 10 and 3 beams"] = against(values, beam, rows)
-    said, longer = scores["per token"][:, :10], columns(rows, "longer")
+    said = scores["per token"][:, :10]
+    longer = columns(rows, "longer")
     for count in DRAWS:
         drawn = longer[str(count)]
-        for name, score in (("denoise", drawn), ("both", losses.both(said, -drawn))):
-            values = chosen(quality, score)
-            found["draws"][f"{name}, {count}"] = against(values, beam, rows)
-    lab.keep("choice_val", found)
+        by_drawn = chosen(quality, drawn)
+        by_both = chosen(quality, losses.both(said, -drawn))
+        found["draws"][f"denoise, {count}"] = against(by_drawn, beam, rows)
+        found["draws"][f"both, {count}"] = against(by_both, beam, rows)
+    best = max(found["rules"], key=lambda name: found["rules"][name]["all"]["CIDEr"]["value"])
+    lab.keep("choice_val", {"strongest": strongest, "best rule": best} | found)
 
 
 def test(lab):
     """Scores x (UNet evaluations, seconds, quality minus the strongest beam search's)."""
     # val's choice, as committed: a smaller share has too few scenes to choose
-    strongest = data.load_json(HERE / "results/choice_val.json")["strongest"]
+    chosen_on_val = data.load_json(HERE / "results/choice_val.json")
+    strongest = chosen_on_val["strongest"]
+    rule = chosen_on_val["best rule"]
+    takes = TAKES | {rule: BOTH}
     width, penalty = re.fullmatch(r"(\d+) beams, length penalty (.+)", strongest).groups()
     beams = [(5, 1.0), (10, 1.0), (int(width), float(penalty))]
     rows = lab.measured("choice-test", of_picture, jobs(lab.count(500), 10, 0, beams))
-    quality, scores = quality_of(rows), only(columns(rows, "scores"), slice(10))
+    quality = quality_of(rows)
+    scores = only(columns(rows, "scores"), slice(10))
     beam = only(quality, 15)                     # after ten samples, three beams, two searches
     different = np.mean([row["different"] for row in rows])
     seconds = {}
@@ -216,53 +248,80 @@ def test(lab):
         seconds[name] = np.mean([row["seconds"][name] for row in rows])
 
     found = {}
-    for name, place in (("3 beams", 10), ("5 beams", 13), ("10 beams", 14), (strongest, 15)):
+    places = {
+        "3 beams": 10,
+        "5 beams": 13,
+        "10 beams": 14,
+        strongest: 15,
+    }
+    for name, place in places.items():
         found[name] = against(only(quality, place), beam, rows)
     found["3 beams"]["seconds"] = seconds["beam"]
     at_random = {name: values[:, :10].mean(1) for name, values in quality.items()}
     found["a random one"] = against(at_random, beam, rows) | {"seconds": seconds["samples"]}
     best = {}
     for name, score in rules(scores).items():
-        if name in TAKES:
+        if name in takes:
             best[name] = chosen(quality, score)
-            took = sum(seconds[part] for part in TAKES[name])
-            evaluations = 12 * different if "denoise" in TAKES[name] else 0
+            took = sum(seconds[part] for part in takes[name])
+            evaluations = 12 * different if "denoise" in takes[name] else 0
             found[name] = against(best[name], beam, rows)
-            found[name] |= {"seconds": seconds["samples"] + took, "evaluations": evaluations}
+            found[name] |= {
+                "seconds": seconds["samples"] + took,
+                "evaluations": evaluations,
+            }
     ahead = {}
-    for a, b in COMPARED:
-        table = against(best[a], best[b], rows)
-        ahead[f"{a} minus {b}"] = {domain: {"CIDEr": x["CIDEr minus beam"],
-                                            "facts": x["facts minus beam"]}
-                                   for domain, x in table.items()}
+    for a, b in [*COMPARED, (rule, "denoise")]:
+        ahead[f"{a} minus {b}"] = {}
+        for domain, x in against(best[a], best[b], rows).items():
+            ahead[f"{a} minus {b}"][domain] = {
+                "CIDEr": x["CIDEr minus beam"],
+                "facts": x["facts minus beam"],
+            }
 
-    # the scores that draw: the same captions, of fewer scenes
+    cycles, agree = drawing(lab, rows, quality, beam, scores)
+    for row in cycles.values():
+        row["seconds"] += seconds["samples"]
+        row["evaluations"] *= different
+    lab.keep("choice", {
+        "strongest": strongest,
+        "rows": found | cycles,
+        "differences": ahead,
+        "agreement with clip": agree,
+    })
+
+
+def drawing(lab, rows, quality, beam, scores):
+    """Rows of `test` of the scores that draw, of the same captions of fewer scenes; and how far
+    the others agree with the full cycle."""
     work = jobs(lab.count(CYCLES))
     drawn = lab.measured("captions", findings.of_picture, work)
     at = [row["key"] in work for row in rows]
     rows = [row for row in rows if row["key"] in work]
-    quality, beam, scores = ({name: values[at] for name, values in table.items()}
-                             for table in (quality, beam, scores))
+    quality = of_items(quality, at)
+    beam = of_items(beam, at)
+    others = rules(of_items(scores, at))
     cycle = columns(drawn, "scores")
+    found = {}
     for name, evaluations in CYCLE.items():
-        took = np.mean([row["seconds"][name] for row in drawn])
         found[name] = against(chosen(quality, cycle[name]), beam, rows)
-        found[name] |= {"seconds": seconds["samples"] + took,
-                        "evaluations": evaluations * different}
+        found[name]["seconds"] = np.mean([row["seconds"][name] for row in drawn])
+        found[name]["evaluations"] = evaluations
     agree = {}
     for name in ("denoise", "both"):
-        agree[name] = agreement(rules(scores)[name], cycle["clip"], drawn)
-    lab.keep("choice", {"strongest": strongest, "rows": found, "differences": ahead,
-                        "agreement with clip": agree})
+        agree[name] = agreement(others[name], cycle["clip"], drawn)
+    return found, agree
 
 
 def agreement(ours, theirs, rows):
     """How often two scores (items, n) choose the same caption, and their Kendall's tau."""
     same, tau = [], []
     for row, a, b in zip(rows, ours, theirs):
-        same.append(row["captions"][a.argmax()] == row["captions"][b.argmax()])
-        tau.append(kendalltau(a, b).statistic)           # nan where all are equal
-    return {"same": mean_of(same), "tau": mean_of(np.array(tau)[~np.isnan(tau)])}
+        captions = row["captions"]
+        same.append(captions[a.argmax()] == captions[b.argmax()])
+        tau.append(kendalltau(a, b).statistic)
+    known = np.array(tau)[~np.isnan(tau)]                # nan where all are equal
+    return {"same": mean_of(same), "tau": mean_of(known)}
 
 
 def measure(part, lab):
@@ -273,8 +332,4 @@ def measure(part, lab):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(keep.run(measure, keep.flags(__doc__, PARTS)))
-    except (ValueError, OSError) as e:
-        print(f"choice.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    keep.run_script(measure, __doc__, PARTS)

@@ -5,9 +5,9 @@ DOMAINS = ("in", "near", "out")
 LABELS = {"clip": "full cycle, CLIP", "dino": "full cycle, DINO", "pixel": "full cycle, pixels",
           "sbert": "full cycle, SBERT", "cider": "full cycle, CIDEr", "few": "few steps (8), CLIP",
           "clipscore": "no cycle: CLIP(picture, caption)", "likelihood": "no cycle: log-likelihood",
-          "denoise": "denoise, 12 noises", "denoised": "denoise, 12 noises",
+          "denoise": "denoise (default)", "denoised": "denoise, 12 noises",
           "denoised less": "denoise, less the empty caption", "per token": "log p per token",
-          "both": "both models (default)"}
+          "both": "both models"}
 
 
 def draw(folder, found):

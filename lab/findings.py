@@ -8,7 +8,6 @@ Candidates are those of rerank.py: equal seed, item and steps, so equal captions
 (tests/test_lab.py). Run again, it goes on where it stopped; remove out/lab to measure anew.
 """
 import functools
-import sys
 
 import numpy as np
 import torch
@@ -327,8 +326,4 @@ def measure(part, lab):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(keep.run(measure, keep.flags(__doc__, PARTS)))
-    except (ValueError, OSError) as e:
-        print(f"findings.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    keep.run_script(measure, __doc__, PARTS)

@@ -5,13 +5,12 @@
 
 and so pascal50s, thumb and nebula, whose files the loaders name; none is shipped. With pictures,
 every judged caption is scored (once: it is kept in NAME.jsonl beside --out) by
-    clipscore   CLIP's cosine: the ranks of CLIPScore, 2.5 max(cos, 0), but without its prompt
+    clipscore   CLIPScore (Hessel et al. 2021): 2.5 max(cos, 0), of "A photo depicts CAPTION"
     per token   log p(caption | picture) over its tokens, the end included
     denoise     minus the denoising loss, less the empty caption's, so that pictures compare
     both        z(per token) + z(denoise), z over all judgments of the run
     cycle       likeness, by CLIP, of the picture drawn from the caption to the picture
 """
-import argparse
 import collections
 import json
 import sys
@@ -28,6 +27,7 @@ import judges
 import loading
 import losses
 import metrics
+import script
 from lab import keep
 from rerank import speakers
 
@@ -35,8 +35,7 @@ SETTINGS = ("images", "captioner", "generator", "judges", "steps", "guidance")
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("name", choices=BENCHMARKS)
     p.add_argument("file", type=Path, help="the judgments")
     p.add_argument("--images", type=Path, help="the pictures, by the names that the file has")
@@ -77,7 +76,8 @@ def pascal50s(path):
     for i, row in enumerate(pairs["new_input"]):
         picture, *said = map(str.strip, row)
         cast = triplets[i * each:(i + 1) * each]
-        won = collections.Counter((a if vote == 1 else b).strip() for _, a, b, vote in cast)
+        nearer = [a if vote == 1 else b for _, a, b, vote in cast]
+        won = collections.Counter(map(str.strip, nearer))
         votes += [won[caption] for caption in said]
         if sum(votes[-2:]) < each:
             raise ValueError(f"the votes of pair {i + 1} are of other captions")
@@ -100,7 +100,8 @@ def thumb(path):
     for name, key in (("total", "human_score"), ("P", "P"), ("R", "R")):
         columns[name] = "pearson", [x[key] for x in given], True
     systems = [x["SYS"] != "Human" for x in given]             # without the captions by people
-    columns["systems"] = "pearson", columns["total"][1], systems
+    _, total, _ = columns["total"]
+    columns["systems"] = "pearson", total, systems
     return rows, columns
 
 
@@ -164,7 +165,8 @@ def score(left, files, args):
         columns = {"picture": names, "caption": captions}
         if hasattr(generator, "too_long"):
             columns["cut"] = generator.too_long(captions)
-        columns["clipscore"] = clip.score(image[None], captions).tolist()
+        prompts = [f"A photo depicts {caption}" for caption in captions]
+        columns["clipscore"] = (2.5 * clip.score(image[None], prompts).clip(0)).tolist()
         if hasattr(captioner, "tokens"):
             states = captioner.see([image]).expand(len(captions), -1, -1)
             log_p = captioner.likelihood(None, captions, states)
@@ -181,11 +183,15 @@ def score(left, files, args):
 
 def picture_scores(pairs, names, args):
     """({score: (N,)}, which N have them) of the pictures in `names`; none is scored twice."""
-    files = {name: path for name in names
-             for path in (args.images / name, args.images / Path(name).name) if path.is_file()}
+    files = {}
+    for name in names:
+        for path in (args.images / name, args.images / Path(name).name):
+            if path.is_file():
+                files[name] = path
     if not files:
         raise ValueError(f"{args.images} has none of the pictures, such as {names[0]}")
-    kept, folder = args.out.with_suffix(".jsonl"), args.out.with_suffix("")
+    kept = args.out.with_suffix(".jsonl")
+    folder = args.out.with_suffix("")
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     if (folder / "settings.json").exists():
         data.same_settings(folder, settings)
@@ -253,8 +259,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        say(" ".join(str(e).split()))
-        sys.exit(2)
+    script.run(main, flags)

@@ -10,7 +10,6 @@ it stopped; remove out/lab to measure anew.
 """
 import functools
 import itertools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -405,8 +404,4 @@ def measure(part, lab):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(keep.run(measure, keep.flags(__doc__, PARTS)))
-    except (ValueError, OSError) as e:
-        print(f"joint.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    keep.run_script(measure, __doc__, PARTS)

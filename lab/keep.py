@@ -1,5 +1,5 @@
 """What the measurements share: how large they are, what is done once, and where results lie."""
-import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import data
 import metrics
+import script
 from miniature import world
 
 HERE = Path(__file__).resolve().parent
@@ -26,8 +27,7 @@ DOMAINS = ("in", "near", "out")
 
 
 def flags(doc, parts, argv=None):
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(doc)
     p.add_argument("parts", nargs="*", help=f"of {' '.join(parts)}; default all of them")
     p.add_argument("--share", type=float, default=1.0, help="of all counts; 1: as committed")
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
@@ -113,8 +113,8 @@ def alone():
     signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the first process
 
 
-def stop(*signalled):
-    sys.exit(128 + signal.SIGTERM)
+def stop(number, frame):
+    sys.exit(128 + number)
 
 
 def do(task):
@@ -186,9 +186,15 @@ def spoiled(caption, scene, kind, seed):
 
 def run(parts, args):
     """Does the parts one after another: {name: function of a Lab}."""
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)                    # by an exception: workers end with it
+    signal.signal(signal.SIGINT, stop)
     lab = Lab(args.share, args.processes, args.out.resolve(), args.work.resolve())
     for name in args.parts:
         parts(name, lab)
     print(f"lab: {', '.join(args.parts)} in {lab.out}; python -m lab.report makes a page of it")
     return 0
+
+
+def run_script(parts, doc, names):
+    """A script's own end: its parts, by the flags of the command line."""
+    script.run(functools.partial(run, parts), functools.partial(flags, doc, names))

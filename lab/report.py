@@ -7,12 +7,11 @@ The words stand in lab/RESULTS.in.md. There `{{choice/rows/both/all/CIDEr|.1f}}`
 its path in the JSON and its format, and `{{table choice}}` a table of this file. `claims()` has
 the numbers that README.md says, by lab/claims.json.
 """
-import argparse
 import re
-import sys
 from pathlib import Path
 
 import data
+import script
 from lab import figures, keep
 from lab.keep import DOMAINS
 
@@ -28,10 +27,10 @@ NAMES = {"clip": "full cycle, CLIP",
          "clipscore": "*no cycle:* CLIP(picture, caption)",
          "likelihood": "*no cycle:* log-likelihood",
          "per token": "log-likelihood per token",
-         "both": "**both models** (default)",
+         "both": "**both models** (`--by both`)",
          "beam": "*no choice:* beam search (3)",
          "a random one": "*no choice:* a random one (with the range of 95 in 100)",
-         "denoise": "denoise, 12 noises",
+         "denoise": "denoise, 12 noises (default)",
          "denoised": "denoise, 12 noises",
          "denoised less": "denoise, 12 noises, less the empty caption"}
 # Rows of the committed JSON that are not shown: commit e6b6cf2 has their code, closed.json a word.
@@ -47,8 +46,7 @@ PAPER = {"Finding I": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("--share", type=float, default=1.0, help="of the run; 1: as committed")
     p.add_argument("--folder", type=Path, help="of the JSON files; default the run's")
     args = p.parse_args(argv)
@@ -326,8 +324,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"report.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

@@ -7,10 +7,8 @@ convnet that judged nothing reads the pictures back. Each figure is printed with
 beside the bar it has to clear, and written into WORK/check.json; check_*.png are pictures to look
 at before believing a number. Exits 1 if a bar was missed.
 """
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import script
 from captioners import Captioner
 from generators import Generator
 from miniature import world
@@ -32,8 +31,7 @@ BARS = {
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("--models", type=Path, default=HERE, help="the folder that train.py made")
     p.add_argument("--work", type=Path, default=HERE.parent / "runs/miniature", help="what is made")
     p.add_argument("--scenes", type=int, default=300, help="held-out scenes a domain")
@@ -128,8 +126,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"miniature.check: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

@@ -8,12 +8,10 @@ Each part is a stock class trained on pictures and captions of world.py, saved a
 Hugging Face directory in half precision: about two hours in all on two cores, best as two processes
 of one thread. A GPU is used where there is one; bf16 autocast where it is fast.
 """
-import argparse
 import contextlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import script
 from miniature import world
 from miniature.material import (
     LENGTH,
@@ -49,8 +48,7 @@ CLIP = ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
 
 
 def flags(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = script.Parser(__doc__)
     p.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="what, in this order")
     p.add_argument("--out", type=Path, default=HERE, help="where the directories go")
     p.add_argument("--work", type=Path, default=HERE.parent / "runs/miniature",
@@ -422,8 +420,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"miniature.train: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    script.run(main, flags)

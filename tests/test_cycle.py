@@ -76,6 +76,45 @@ def test_a_candidate_without_a_score_is_last():
     assert talk.order["x"].tolist() == [[2, 0, 1], [1, 2, 0]]
 
 
+def test_what_exists_is_not_made_anew():
+    """Captions and pictures that are given: neither said, nor drawn."""
+    class Reader:
+        def likelihood(self, images, captions):
+            assert len(images) == len(captions) <= 2
+            return torch.tensor([float(len(c)) for c in captions])
+
+        def speak(self, images, n, way):
+            return [[f"{image.shape[-1]}"] for image in images], torch.ones(len(images), 1)
+
+    painter = Painter()
+    captions = [["aa", "b", "aa"]]
+    talk = cycle.image_text_image(Reader(), painter, torch.ones(1, 3, 2, 2), None,
+                                  {"pixel": closeness}, captions=[captions[0][:2]])
+    assert painter.asked == [("aa", 0), ("b", 0)] and talk.likelihood.tolist() == [[2, 1]]
+    assert cycle.read(Reader(), [0] * 3, captions[0], 2).tolist() == [2, 1, 2]
+    pictures = [torch.zeros(3, 4, 4), torch.full((3, 4, 7), torch.nan)]
+    talk = cycle.text_image_text(Reader(), None, ["4"], None,
+                                 {"same": lambda a, b: [float(x == y) for x, y in zip(a, b)]},
+                                 pictures=[pictures])
+    assert talk.captions == [["4", "7"]] and talk.images[0] is pictures
+    assert talk.scores["same"].nan_to_num(-1).tolist() == [[1, -1]]
+    assert talk.likelihood.nan_to_num(-1).tolist() == [[1, -1]]
+
+
+def test_a_picture_that_is_no_numbers_has_no_score():
+    class Loses(Painter):
+        def draw(self, captions, items, seed):
+            out = super().draw(captions, items, seed)
+            out[1, 0, 0, 0] = torch.inf
+            return out
+
+    talk = cycle.image_text_image(Speaker([["aa", "b", "cc"]]), Loses(), torch.ones(1, 3, 2, 2), 3,
+                                  {"pixel": closeness})
+    assert talk.scores["pixel"].isnan().tolist() == [[False, True, False]]
+    assert talk.order["pixel"].tolist() == [[0, 2, 1]]
+    assert cycle.finite(talk.images[0]).tolist() == [True, False, True]
+
+
 # ---------------------------------------------------------------- chance
 def test_chance_is_its_keys():
     """A function of the whole key, the same in every process."""

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import zipfile
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 import data
+import pictures
 from miniature import world
 
 
@@ -61,6 +63,248 @@ def test_a_folder_with_and_without_captions(tmp_path):
     assert data.read(tmp_path)[0].captions == ["x", "y"]
 
 
+def put(root, files, text=None):
+    """Small pictures below a folder; text: {path: what else lies there}."""
+    for i, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4 + i, 4)).save(root / name)
+    for name, content in (text or {}).items():
+        content = content if isinstance(content, bytes) else content.encode()
+        (root / name).write_bytes(content)
+    return root
+
+
+def rows(*pairs):
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in pairs]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def imagefolder(tmp_path_factory):
+    """A function: what the library `datasets` reads in a folder, {file: [text, ...]}."""
+    import datasets
+    cache = tmp_path_factory.mktemp("cache")
+
+    def read(folder, split="train"):
+        found = datasets.load_dataset("imagefolder", data_dir=str(folder), split=split,
+                                      cache_dir=str(cache))
+        found = found.cast_column("image", datasets.Image(decode=False))
+        out = {}
+        for row in found:
+            name = os.path.relpath(row["image"]["path"], folder)
+            said = row["text"] if isinstance(row["text"], list) else [row["text"]]
+            out.setdefault(name, []).extend(map(data.one_line, said))
+        return out
+    return read
+
+
+@pytest.mark.parametrize("files, text, split", [
+    (["a.png", "sub/b.png"], {"metadata.jsonl": rows(("./a.png", "x"), ("sub\\b.png", "y"))}, None),
+    (["a.png"], {"metadata.jsonl": b"\xef\xbb\xbf\n\n" + json.dumps(
+        {"file_name": "a.png", "text": "x\u2028y\x85z"}, ensure_ascii=False).encode() + b"\n\n"}, None),
+    (["a.png", "b.png"], {"metadata.csv": "file_name,text\na.png,\"one, two\"\nb.png,\"x\ny\"\n"}, None),
+    (["a.png", "b.png"], {"metadata.csv": b"\xef\xbb\xbftext,file_name\r\nx,a.png\r\ny,./b.png\r\n"}, None),
+    (["a.png", "b.png"], {"metadata.jsonl": rows(("a.png", ["x", "y"]), ("b.png", ["z"]))}, None),
+    (["a.png"], {"metadata.jsonl": rows(("a.png", "x"), ("a.png", "y"))}, None),
+    (["s/a.png", "t/b.png"], {"s/metadata.jsonl": rows(("a.png", "x")),
+                              "t/metadata.jsonl": rows(("b.png", "y"))}, None),
+    (["train/a.png", "train/c/d.png", "test/b.png"], {
+        "train/metadata.jsonl": rows(("a.png", "x"), ("c/d.png", "z")),
+        "test/metadata.jsonl": rows(("b.png", "y"))}, "train"),
+    (["train/a.png", "test/b.png"], {"train/metadata.csv": "file_name,text\na.png,x\n",
+                                     "test/metadata.csv": "file_name,text\nb.png,y\n"}, "test"),
+    (["Training/a.png", "dev/b.png"], {"Training/metadata.jsonl": rows(("a.png", "x")),
+                                       "dev/metadata.jsonl": rows(("b.png", "y"))}, "val")])
+def test_a_folder_is_read_as_datasets_reads_it(tmp_path, imagefolder, files, text, split):
+    put(tmp_path, files, text)
+    ours = {x.name: x.captions for x in data.read(tmp_path, split)}
+    if split is None:
+        assert ours == imagefolder(tmp_path) and len(ours) == len(files)
+    elif "Training/a.png" in files:              # there a name is a split in small letters alone
+        assert ours == {"dev/b.png": ["y"]} == imagefolder(tmp_path, "validation")
+    else:
+        assert ours == imagefolder(tmp_path, split) and len(ours) < len(files)
+
+
+@pytest.mark.parametrize("name, content, fault", [
+    ("metadata.jsonl", rows(("a.png", "x"), ("b.png", "y")), "metadata.jsonl, row 2: there is no file b.png"),
+    ("metadata.csv", "file_name,text\na.png,x\nA.png,y\n", "metadata.csv, row 2: there is no file A.png"),
+    ("metadata.jsonl", rows(("a.png", "x"), ("../a.png", "y")), "row 2: there is no file ../a.png"),
+    ("metadata.jsonl", rows(("/etc/hostname", "x")), "row 1: there is no file /etc/hostname"),
+    ("metadata.jsonl", rows((None, "x")), "row 1: there is no file None"),
+    ("metadata.jsonl", rows(("a.png", None)), "metadata.jsonl, row 1: expected a caption"),
+    ("metadata.jsonl", "\n" + rows(("a.png", "x"), ("a.png", ["x", None])), "row 2: expected a caption"),
+    ("metadata.jsonl", rows(("a.png", "")), "row 1: expected a caption"),
+    ("metadata.jsonl", rows(("a.png", {"en": "x"})), "row 1: expected a caption"),
+    ("metadata.csv", "file_name,text\na.png,\n", "metadata.csv, row 1: expected a caption"),
+    ("metadata.csv", "file_name,text\na.png\n", "metadata.csv, row 1: expected a caption"),
+    ("metadata.csv", "file_name;text\na.png;x\n", "row 1: expected file_name and text"),
+    ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", "metadata.csv is no text in UTF-8"),
+    ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "odd row .Error: field larger"),
+    ("metadata.jsonl", rows(("a.png", "x")) + '{"file_name": "a.png", "te', "metadata.jsonl, line 2"),
+    ("metadata.jsonl", '[{"file_name": "a.png"}]', "metadata.jsonl, line 1"),
+    ("metadata.parquet", b"PAR1", "metadata.parquet is not read here: write it as metadata.jsonl"),
+    ("a.txt", b"caf\xe9", "a.txt is no text in UTF-8")])
+def test_a_fault_in_a_folder_is_one_line(tmp_path, name, content, fault):
+    put(tmp_path, ["a.png"], {name: content})
+    with pytest.raises(ValueError, match=fault) as e:
+        data.read(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_captions_beside_pictures(tmp_path):
+    """A line a caption; where a row names the picture, the row's."""
+    put(tmp_path, ["a.png", "b.jpg", "c.png", "d.png"], {
+        "a.txt": b"\xef\xbb\xbfa  red ring\r\n\na\xe2\x80\xa8ball\r\n", "b.txt": "one", "c.txt": "no",
+        "metadata.jsonl": rows(("c.png", "yes")), "notes.txt": "of no picture"})
+    found = {x.name: x.captions for x in data.read(tmp_path)}
+    assert found == {"a.png": ["a red ring", "a ball"], "b.jpg": ["one"], "c.png": ["yes"], "d.png": []}
+
+
+@pytest.mark.parametrize("name", [".", "../.hidden", "sub/.."])
+def test_a_folder_may_be_named_in_any_way(tmp_path, monkeypatch, name):
+    """Hidden is what begins with a dot below it."""
+    root = tmp_path / ".hidden"
+    put(root, ["a.png", ".b.png", "sub/c.png", ".d/e.png"],
+        {"metadata.jsonl": rows(("./sub/../a.png", "x"), ("sub//c.png", "y"))})
+    monkeypatch.chdir(root)
+    assert {x.name: x.captions for x in data.read(name)} == {"a.png": ["x"], "sub/c.png": ["y"]}
+    assert [data.open_image(x.path).shape[0] for x in data.read(name)] == [3, 3]
+
+
+def test_what_pillow_reads_is_read_in_a_folder(tmp_path, capsys):
+    """What people have as pictures of it; the others are told, once, hidden ones are none."""
+    data.say.cache_clear()
+    names = [f"x.{end}" for end in ("avif", "jfif", "jp2", "ppm", "PNG", "webp", "tif", "gif", "bmp")]
+    put(tmp_path, [*names, "sub/.thumb.png", ".cache/x.png"])
+    for name in ("x.heic", "y.HEIC", "movie.mp4", "x.pdf", "x.svg"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        found = data.read(tmp_path)
+        assert sorted(x.name for x in found) == sorted(names)
+    for item in found:
+        assert data.open_image(item.path).shape[0] == 3
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split()[2] for line in said) == [".HEIC", ".heic", ".svg"]
+    assert {".png", ".jpg", ".jpeg", ".mpo", ".tiff", ".qoi"} < data.SUFFIXES
+    assert not {".pdf", ".eps", ".mpg", ".h5", ".psd", ".ico"} & data.SUFFIXES
+
+
+# ---------------------------------------------------------------- splits of a folder
+def test_a_share_is_held_out_and_stays(tmp_path, capsys):
+    """By the name alone: what is trained on is never evaluated, also when pictures were added."""
+    data.say.cache_clear()
+    put(tmp_path, [f"{i}.png" for i in range(60)])
+    (tmp_path / "metadata.jsonl").write_text(rows(*((f"{i}.png", "x") for i in range(50))))
+    before = {split: {x.name for x in data.read(tmp_path, split)} for split in ("train", "val", "test")}
+    assert before["val"] == before["test"] and not before["val"] & before["train"]
+    whole = {x.name for x in data.read(tmp_path, "all")}
+    assert whole == before["val"] | before["train"] == {x.name for x in data.read(tmp_path)}
+    want = {x for x in whole if int(hashlib.sha1(x.encode()).hexdigest()[:8], 16) % 10 == 0}
+    assert before["val"] == want - {f"{i}.png" for i in range(50, 60)} != set()
+    line = f"{tmp_path}: {len(before['val'])} of its 50 described pictures"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and line in said and "--split all" in said
+    put(tmp_path, [f"new/{i}.png" for i in range(200)])
+    more = rows(*((f"new/{i}.png", "x") for i in range(200)))
+    (tmp_path / "metadata.jsonl").write_text(rows(*((f"{i}.png", "x") for i in range(50))) + more)
+    after = {split: {x.name for x in data.read(tmp_path, split)} for split in ("train", "val")}
+    assert before["val"] < after["val"] and before["train"] < after["train"]
+    assert 10 < len(after["val"]) < 40
+    with pytest.raises(ValueError, match="no pictures in its split 'tset', of .'train', 'val', 'test', 'all'"):
+        data.read(tmp_path, "tset")
+
+
+def test_folders_are_splits(tmp_path):
+    """Nothing is held out of them; pictures without captions have splits, too."""
+    put(tmp_path, [*(f"train/{i}.png" for i in range(30)), "test/a.png"])
+    assert len(data.read(tmp_path, "train")) == 30 and len(data.read(tmp_path)) == 31
+    assert [x.name for x in data.read(tmp_path, "test")] == ["test/a.png"]
+    with pytest.raises(ValueError, match="no pictures in its split 'val', of .'test', 'train', 'all'"):
+        data.read(tmp_path, "val")
+    assert len(data.read(tmp_path / "train", "test")) == 30     # nothing to learn, nothing held out
+
+
+# ---------------------------------------------------------------- names
+@pytest.mark.parametrize("files, names", [
+    (["cats/img_001.jpg", "dogs/img_001.jpg", "x/img_2.jpg"], ["cats/img_001.jpg", "dogs/img_001.jpg", "2"]),
+    (["000.jpg", "0000.jpg"], ["000.jpg", "0000.jpg"]),
+    (["photo_1.jpg", "drawing_1.jpg", "photo_2.jpg"], ["photo_1.jpg", "drawing_1.jpg", "2"]),
+    (["000.jpg", "val2014/COCO_val2014_000000000042.jpg", "a.b_07.jpg"], ["0", "42", "7"])])
+def test_names_are_unique(tmp_path, files, names):
+    """Those of one number are named by their paths; the others stay what they are."""
+    blip = [{"image": name, "caption": ["x"]} for name in files]
+    (tmp_path / "coco_karpathy_test.json").write_text(json.dumps(blip))
+    assert [x.name for x in data.read(tmp_path, "test")] == names
+    assert [x.path for x in data.read(tmp_path, "test")] == [tmp_path / name for name in files]
+
+
+def test_names_of_the_other_schemas(tmp_path):
+    images = [{"cocoid": 7, "filepath": folder, "filename": "7.jpg", "split": "test",
+               "sentences": [{"raw": folder}]} for folder in "ab"]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    found = data.read(tmp_path, "test")
+    assert [(x.name, x.captions) for x in found] == [("a/7.jpg", ["a"]), ("b/7.jpg", ["b"])]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images + images[:1]}))
+    with pytest.raises(ValueError, match="a/7.jpg is listed 2 times"):
+        data.read(tmp_path, "test")
+
+
+def test_the_names_of_the_public_sets_are_their_own_numbers(shared, tmp_path):
+    """What chance and files of finished runs hang on."""
+    name = "coco_karpathy_test.json"
+    (tmp_path / name).symlink_to(shared / "data/captions" / name)
+    files = [row["image"] for row in json.loads((tmp_path / name).read_text())]
+    assert [x.name for x in data.read(tmp_path)] == [str(int(f[-16:-4])) for f in files]
+
+
+def test_the_names_of_the_miniature_are_its_own_numbers():
+    known = json.loads((data.SETS["miniature"] / "dataset_coco.json").read_text())["images"]
+    for split in ("val", "test"):
+        ids = [str(row["cocoid"]) for row in known if row["split"] == split]
+        assert [x.name for x in data.read("miniature", split)] == ids
+    known = json.loads((data.SETS["miniature"] / data.NOCAPS).read_text())["images"]
+    assert [x.name for x in data.read("miniature", "nocaps")] == [str(row["id"]) for row in known]
+
+
+@pytest.mark.parametrize("caption, fault", [
+    (None, "row 1: expected a caption"), ([None], "row 1: expected a caption"),
+    ([["x"]], "row 1: expected a caption"), (3, "row 1: expected a caption")])
+def test_what_is_no_caption_is_named(tmp_path, caption, fault):
+    """In every schema: the file, and the row."""
+    files = {
+        "coco_karpathy_test.json": [{"image": "1.jpg", "caption": caption}],
+        "dataset_coco.json": {"images": [{"imgid": 1, "filename": "1.jpg", "split": "test",
+                                          "sentences": [{"raw": caption}]}]},
+        data.NOCAPS: {"images": [{"id": 1, "file_name": "1.jpg"}],
+                      "annotations": [{"image_id": 1, "caption": caption}]}}
+    for name, content in files.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{name}, .*{fault.removeprefix('row ')}"):
+            data.read(folder)
+
+
+def test_rows_of_another_shape_are_one_line(tmp_path):
+    for name, content in {"coco_karpathy_test.json": [{"caption": "x"}], "dataset_coco.json": ["x"],
+                          data.NOCAPS: {"images": 3, "annotations": []}}.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{folder}: its captions have an odd row"):
+            data.read(folder)
+
+
+def test_nocaps_without_domains_and_with_a_mark(tmp_path):
+    """Lists of captions are several."""
+    rows = {"images": [{"id": 1, "file_name": "1.jpg"}],
+            "annotations": [{"image_id": 1, "caption": ["a", "b"]}, {"image_id": 1, "caption": "c"}]}
+    (tmp_path / data.NOCAPS).write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
+    found = data.read(tmp_path)
+    assert [(x.name, x.captions, x.domain) for x in found] == [("1", ["a", "b", "c"], None)]
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         data.read(tmp_path / "nowhere")
@@ -72,7 +316,7 @@ def test_what_is_missing_is_named(tmp_path):
         data.read("miniature", "tset")
     (tmp_path / "x.png").touch()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "caption": "x"}')
-    with pytest.raises(ValueError, match="metadata.jsonl.*file_name and text.*caption"):
+    with pytest.raises(ValueError, match="metadata.jsonl, row 1.*file_name and text.*caption"):
         data.read(tmp_path)
     (tmp_path / "x.json").write_text("[1,")
     with pytest.raises(ValueError, match="x.json is no JSON that can be read"):
@@ -136,6 +380,97 @@ def test_orientation_palette_transparency_and_animation(tmp_path):
     assert data.open_image(tmp_path / "moving.gif")[0].min() > .99
 
 
+def tiff(values, bits, meaning=1, kind=1, order="<"):
+    """A TIFF of one strip, by its specification: kind 1 unsigned, 2 signed, 3 float."""
+    height, width = values.shape
+    body = values.tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: meaning, 273: 0, 277: 1, 278: height,
+            279: len(body), 339: kind}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    out = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, value in tags.items():
+        out += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    return out + bytes(4) + body
+
+
+@pytest.mark.parametrize("type, value, options, expected", [
+    ("<u2", 200, {}, 200 / 65535), ("<u2", 300, {}, 300 / 65535), (">u2", 300, {"order": ">"}, 300 / 65535),
+    ("<u2", 300, {"meaning": 0}, 1 - 300 / 65535), ("<i2", 300, {"kind": 2}, 300 / 32767),
+    ("<u4", 3_000_000_000, {}, 3e9 / (2 ** 32 - 1)), ("<i4", 10 ** 9, {"kind": 2}, 1e9 / (2 ** 31 - 1)),
+    ("<f4", .25, {"kind": 3}, .25), ("<f4", 1.0, {"kind": 3}, 1), (">f4", .25, {"kind": 3, "order": ">"}, .25)])
+def test_depths_of_tiff(tmp_path, type, value, options, expected):
+    """White is the most that the bits can say; floats are as they are."""
+    bits = 8 * np.dtype(type).itemsize
+    (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 3), value, type), bits, **options))
+    x = data.open_image(tmp_path / "x.tif")
+    assert x.shape == (3, 2, 3) and x.dtype == torch.float32
+    assert torch.allclose(x, torch.tensor(expected, dtype=torch.float32), rtol=1e-6)
+
+
+def test_depths_of_png_and_pgm(tmp_path):
+    """All 200 of 65535 is darker than all 300."""
+    for value in (200, 300, 65535):
+        Image.fromarray(np.full((2, 3), value, np.uint16)).save(tmp_path / "x.png")
+        assert data.open_image(tmp_path / "x.png").numpy() == pytest.approx(value / 65535)
+    for most, value in ((255, 51), (1000, 200), (65535, 13107)):
+        body = np.full((2, 3), value, ">u2" if most > 255 else "u1").tobytes()
+        (tmp_path / "x.pgm").write_bytes(b"P5 3 2 %d\n" % most + body)
+        assert data.open_image(tmp_path / "x.pgm").numpy() == pytest.approx(.2, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [255, -.1, np.nan])
+def test_floats_without_a_meaning_are_refused(tmp_path, value):
+    (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 3), value, "<f4"), 32, kind=3))
+    with pytest.raises(ValueError, match="x.tif is not a picture .*its numbers are .*expected are 0 to 1"):
+        data.open_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("turn", range(1, 10))
+@pytest.mark.parametrize("more", [(), (0x128, 2, 4, b"abc\0"), (0x11A, 2, 4, b"abc\0")])
+def test_only_the_orientation_of_exif_is_needed(tmp_path, turn, more):
+    """Beside entries of types that cannot be written again; Pillow's own turning is the reference."""
+    entries = [(0x112, 3, 1, struct.pack("<HH", turn, 0)), *([more] if more else [])]
+    entries.sort()
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    plain = Image.Exif()
+    plain[0x112] = turn
+    for tag, kind, count, value in entries:
+        exif += struct.pack("<HHI", tag, kind, count) + value
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8))
+    for end in ("jpg", "png", "webp"):
+        image.save(tmp_path / f"x.{end}", exif=exif + bytes(4))
+        image.save(tmp_path / f"plain.{end}", exif=plain)
+        right = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"plain.{end}")).convert("RGB"))
+        x = data.open_image(tmp_path / f"x.{end}")
+        assert x.shape == ((3, 40, 20) if 5 <= turn <= 8 else (3, 20, 40))
+        assert (x.permute(1, 2, 0) * 255).round().byte().numpy().tolist() == right.tolist()
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"Exif\0\0II*\0", b""])
+def test_a_fault_in_exif_makes_no_picture_less(tmp_path, exif):
+    for end in ("jpg", "png", "webp"):
+        Image.new("RGB", (40, 20)).save(tmp_path / f"x.{end}", exif=exif)
+        assert data.open_image(tmp_path / f"x.{end}").shape == (3, 20, 40)
+
+
+def test_a_png_with_a_long_note_is_a_picture(tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (5, 3), "red").save(tmp_path / "x.png", pnginfo=note)
+    assert data.open_image(tmp_path / "x.png")[0].min() == 1
+
+
+def test_pixels_as_pictures(tmp_path, images):
+    """pictures.py alone, without torch: the same numbers, and back."""
+    data.save_image(images[0], tmp_path / "x.png")
+    x = pictures.pixels(tmp_path / "x.png")
+    assert x.dtype == np.float32 and x.shape == (32, 32, 3)
+    assert np.array_equal(x.transpose(2, 0, 1), data.open_image(tmp_path / "x.png").numpy())
+    assert np.array_equal(np.asarray(pictures.as_picture(x)), np.asarray(Image.open(tmp_path / "x.png")))
+    with pytest.raises(FileNotFoundError):
+        pictures.pixels(tmp_path / "y.png")
+
+
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
@@ -166,6 +501,38 @@ def test_rows_come_back(tmp_path):
     assert data.read_rows(str(path)) == rows[1:]
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\n\n")
     assert data.read_rows(path) == rows[1:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf_8_loses_nothing(tmp_path):
+    """As a disk of another time has them: kept as what JSON can write, and the same again."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    item, = data.read(tmp_path)
+    assert os.fsencode(item.path).endswith(b"/caf\xe9.png") and data.open_image(item.path).shape == (3, 4, 4)
+    out = tmp_path / "out"
+    out.mkdir()
+    data.append_rows(out / "rows.jsonl", [{"item": item.name, "input": str(item.path)}])
+    data.write_rows(out / "again.jsonl", data.read_rows(out / "rows.jsonl"))
+    data.write_text(out / "best.json", json.dumps({item.name: "\u00df"}, ensure_ascii=False))
+    row, = data.read_rows(out / "again.jsonl")
+    assert row == {"item": item.name, "input": str(item.path)}
+    assert data.load_json(out / "best.json") == {item.name: "\u00df"}
+    (out / "best.json").read_bytes().decode()                  # UTF-8 itself
+    name = data.picture_name(item.name, 1)
+    assert name.endswith(f"{hashlib.sha1(os.fsencode(item.name)).hexdigest()[:8]}-1")
+    data.save_image(torch.zeros(3, 2, 2), out / f"{name}.png")
+
+
+def test_a_mark_before_a_text_is_no_part_of_it(tmp_path):
+    """Windows' UTF-8 begins with one (BOM)."""
+    path = tmp_path / "x"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert data.read_rows(path) == [{"a": 1}, {"a": 2}]
+    path.write_bytes(b"\xef\xbb\xbf[1]")
+    assert data.load_json(path) == [1]
+    path.write_bytes("\ufeffa red ball\r\n\r\n a  b \u2028c\nd".encode())
+    assert data.read_lines(path) == ["a red ball", "a b c", "d"]
 
 
 def test_a_kill_anywhere_costs_one_row(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import annotations
 import data
 import evaluate
 import judges
@@ -61,7 +62,7 @@ def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monk
     loaded = []
     monkeypatch.setattr(Generator, "load", lambda *a: loaded.append(a))
     argv = ["--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth"]
-    with pytest.raises(ValueError, match="--inception .*page.pth could not be read as plain"):
+    with pytest.raises(ValueError, match="page.pth could not be read as plain.*--inception"):
         run(tmp_path / "out", *argv)
     assert not loaded and not (tmp_path / "out").exists()
 
@@ -191,25 +192,27 @@ def test_score_on_real_captions(shared, tmp_path):
     golden = json.loads((shared / "data/golden/coco500_input.json").read_text())
     said = write(tmp_path / "said.json", {x["image_id"]: x["candidate"] for x in golden})
     heard = write(tmp_path / "heard.json", {x["image_id"]: x["references"] for x in golden})
-    row = run(tmp_path / "out", "--score", said, "--refs", heard)["captions"]["all"]
+    row = run(tmp_path / "500", "--score", said, "--refs", heard)["captions"]["all"]
     assert row["CIDEr"] == pytest.approx(91.6986, abs=.05)
     assert row["B@4"] == pytest.approx(19.8943, abs=.05)
     write(said, [{"image_id": 391895, "caption": "a man on a red motorcycle"}])
     for name in ("coco_karpathy_test.json", "coco_karpathy_test_gt_500.json"):
         heard = shared / "data/captions" / name
-        row = run(tmp_path / "out", "--score", said, "--refs", heard)["captions"]["all"]
-        assert row["n"] == 1 and row["B@1"] > 50
+        results = run(tmp_path / name, "--score", said, "--refs", heard)
+        row = results["captions"]["all"]
+        assert row["n"] == 1 and row["B@1"] > 50 and row["CIDEr"] == 0
+        assert "CIDEr of one image alone is 0" in " ".join(results["notes"])
 
 
 def test_an_image_by_its_number():
     same = [391895, "391895", "000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg",
             "coco_391895"]
-    assert {tables.key(x) for x in same} == {"391895"}
+    assert {annotations.key(x) for x in same} == {"391895"}
     others = ["cat1.jpg", "dog1.jpg", "0013ea2087020f01.jpg", "0013ea2087020f02.jpg", "a/b 7.png"]
-    assert [tables.key(x) for x in others] == others
-    assert tables.keys([7, 7, "8"], "x") == ["7", "7", "8"]
+    assert [annotations.key(x) for x in others] == others
+    assert annotations.keys([7, 7, "8"], "x") == ["7", "7", "8"]
     with pytest.raises(ValueError, match="a/001.jpg and b/001.jpg"):
-        tables.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
+        annotations.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
 
 
 @pytest.mark.parametrize("content", [
@@ -222,16 +225,20 @@ def test_an_image_by_its_number():
     [{"image_id": 7, "caption": c} for c in ("a dog", "a cat")],
     {"7.jpg": ["a dog", "a cat"], "8.jpg": []}])
 def test_files_of_captions(tmp_path, content):
-    captions, domains = tables.captions_in(write(tmp_path / "a.json", content))
-    assert captions == {"7": ["a dog", "a cat"]} and domains in ({}, {"7": "in-domain"})
+    found = annotations.captions_in(write(tmp_path / "a.json", content))
+    assert found.texts == {"7": ["a dog", "a cat"]}
+    assert found.domains in ({}, {"7": "in-domain"})
+    with pytest.raises(ValueError, match="a.json has several captions of 1 images, such as .*7"):
+        annotations.results_in(tmp_path / "a.json")                   # which one is meant?
 
 
 @pytest.mark.parametrize("content", [
     3, None, "a dog", ["a dog"], {"7": 3}, {"7": [3]}, [{"image_id": 7}], [{"caption": "a dog"}],
-    {"annotations": [{"image_id": 7}]}, {"annotations": 3}, {"images": [{"id": 7}]}])
+    {"annotations": [{"image_id": 7}]}, {"annotations": 3}, {"images": [{"id": 7}]},
+    {"7": None}, {"7": ["a dog", None]}])
 def test_files_of_something_else_are_refused(tmp_path, content):
-    with pytest.raises(ValueError, match="a.json: expected"):
-        tables.captions_in(write(tmp_path / "a.json", content))
+    with pytest.raises(ValueError, match="a.json(, image 7)?: expected"):
+        annotations.captions_in(write(tmp_path / "a.json", content))
 
 
 def test_names_that_look_alike_are_drawn_apart(tmp_path):
@@ -247,7 +254,7 @@ def test_names_that_look_alike_are_drawn_apart(tmp_path):
         "    def draw(self, captions, items=None, seed=0, **settings):\n"
         "        return torch.stack([torch.full((3, 32, 32), int(c[-1]) / 4) for c in captions])\n"
         "def load(device, dtype):\n    return Grey()\n")
-    argv = ["--data", tmp_path / "set", "--generator", f"{tmp_path / 'grey.py'}:load"]
+    argv = ["--data", tmp_path / "set", "--split", "all", "--generator", f"{tmp_path / 'grey.py'}:load"]
     found = run(tmp_path / "out", *argv, "--only", "images")["images"]["all"]
     assert found["n"] == 4 and found["CLIP"] == pytest.approx(1)
 
@@ -270,17 +277,136 @@ def test_label_free_prefers_the_true_caption(tmp_path, scenes, images):
     assert means[0] > means[1] + .1
 
 
+def pictured(folder, images):
+    """Five pictures, whose numbers are not the ids of their images; COCO's `images` knows them."""
+    rows = []
+    for i in range(5):
+        data.save_image(images[i], folder / f"{100 + i:04}.png")
+        rows.append({"id": 104 - i, "file_name": f"{100 + i:04}.png"})
+    return rows
+
+
+@pytest.mark.parametrize("job", ["score", "label-free"])
+def test_pictures_are_found_by_the_references(tmp_path, images, job):
+    """Number 100 is image 104: by `images` each meets its own picture, else its number's, told."""
+    rows = pictured(tmp_path / "set", images)
+    said = {f"{x['id']}": f"a ring {x['id']}" for x in rows}
+    heard = {"annotations": [{"image_id": x["id"], "caption": "a red ring"} for x in rows]}
+    bare = write(tmp_path / "bare.json", heard)
+    full = write(tmp_path / "full.json", heard | {"images": rows})
+    captions = write(tmp_path / "said.json", said)
+    notes, found = [], {}
+    for refs in (full, bare):
+        if job == "score":
+            items, _ = annotations.matched([captions], refs, notes, tmp_path / "set")
+        else:
+            items, _ = annotations.pictured(captions, refs, tmp_path / "set", notes)
+        found[refs] = {x.name: x.path.name for x in items}
+    assert found[full] == {str(x["id"]): x["file_name"] for x in rows}
+    assert found[bare] == {str(x["id"]): f"{x['id']:04}.png" for x in rows}
+    assert "5 by `images`" in notes[0] and "5 by number" in notes[1]
+    rows[0]["file_name"] = "0099.png"                # what is named is not guessed
+    write(full, heard | {"images": rows})
+    with pytest.raises(ValueError, match=r"1 of 5 images have no picture .*0099.png \(0\)"):
+        annotations.pictured(captions, full, tmp_path / "set", [])
+
+
+def test_pictures_are_found_by_name(tmp_path, images):
+    for name in ("cats/img_1.png", "dogs/img_1.png", "7.png", "x/8.png"):
+        data.save_image(images[0], tmp_path / "set" / name)
+    names = ["cats/img_1.png", "7.png", "8", "dogs/img_1.png"]
+    said = write(tmp_path / "said.json", dict.fromkeys(names, "a ring"))
+    notes = []
+    items, _ = annotations.pictured(said, None, tmp_path / "set", notes)
+    assert [x.path.relative_to(tmp_path / "set").as_posix() for x in items] == [
+        "cats/img_1.png", "7.png", "x/8.png", "dogs/img_1.png"]
+    assert "3 by name, 1 by number" in notes[0]
+    write(said, {"img_1.png": "a ring", "9.png": "a ring"})
+    with pytest.raises(ValueError, match=r"2 of 2 images .* such as img_1.png \(2\)"):
+        annotations.pictured(said, None, tmp_path / "set", notes)
+
+
+def test_clipscore_of_given_captions(tmp_path, scenes, images):
+    rows = pictured(tmp_path / "set", images)
+    (tmp_path / "set/0104.png").write_text("no picture")
+    said, heard = {}, {"images": rows, "annotations": []}
+    for row, scene in zip(rows, scenes):
+        said[f"{row['id']}.jpg"] = world.full_caption(scene)
+        for caption in world.captions(scene):
+            heard["annotations"].append({"image_id": row["id"], "caption": caption})
+    argv = ["--score", write(tmp_path / "said.json", said), "--images", tmp_path / "set",
+            "--refs", write(tmp_path / "heard.json", heard), "--judges", "miniature"]
+    results = run(tmp_path / "out", *argv)
+    judge = judges.load(["clip"], "image", "miniature")[0]["clip"]
+    each = []
+    for i, scene in enumerate(scenes[:4]):
+        caption = world.full_caption(scene)
+        image = data.open_image(tmp_path / f"set/{100 + i:04}.png")[None]
+        each.append(judge.clipscore(image, caption, world.captions(scene)))
+    row = results["captions"]["all"]
+    assert (row["CLIPScore"], row["RefCLIPScore"]) == pytest.approx(tuple(np.mean(each, 0)))
+    assert row["n"] == 5 and row["CIDEr"] > 0
+    notes = " ".join(results["notes"])
+    assert "CLIPScore is the mean of 4 of 5 captions" in notes and "0104.png is not a pic" in notes
+    assert "RefCLIPScore" in (tmp_path / "out/table.txt").read_text()
+
+
+# ---------------------------------------------------------------- two systems
+def test_two_systems_are_compared(tmp_path):
+    """Each value is that of --score; interval and p those of the items' CIDEr, by domain."""
+    items = data.read("miniature", "nocaps")[:8] + data.read("miniature", "out")[:8]
+    heard = {"annotations": [], "images": []}
+    a, b = {}, {"77777": "a ring"}
+    for i, item in enumerate(items):
+        heard["images"].append({"id": int(item.name), "domain": item.domain})
+        heard["annotations"] += [{"image_id": int(item.name), "caption": c} for c in item.captions]
+        a[item.name] = "a small red ring on the left"
+        b[item.name] = item.captions[0] if i % 4 else "nothing"
+    paths = [write(tmp_path / "a.json", a), write(tmp_path / "b.json", b)]
+    refs = ["--refs", write(tmp_path / "heard.json", heard)]
+    results = run(tmp_path / "out", "--compare", *paths, *refs)
+    found = results["compare"]
+    for side, path in zip("ab", paths):
+        alone = run(tmp_path / side, "--score", path, *refs)["captions"]
+        for domain, row in alone.items():
+            for name in ("B@1", "B@4", "CIDEr"):
+                compared = found[f"{name}, {domain}"]
+                assert compared[side] == pytest.approx(row[name], abs=1e-9)
+                assert compared["items"] == row["n"]
+    df = metrics.document_frequency([x.captions for x in items])
+    each = [metrics.cider([x[i.name] for i in items], [i.captions for i in items], df)
+            for x in (a, b)]
+    want = metrics.paired(100 * each[0][8:], 100 * each[1][8:])
+    got = found["CIDEr, out"]
+    assert got["p"] == want["p"] < .1 and got["interval"] == pytest.approx(want["interval"])
+    assert got["difference"] == pytest.approx(got["b"] - got["a"])
+    assert any("1 of the 17 images of" in note and "b.json" in note for note in results["notes"])
+    assert "CIDEr, out" in (tmp_path / "out/table.txt").read_text()
+    same = run(tmp_path / "same", "--compare", paths[0], paths[0], *refs)["compare"]
+    assert {row["p"] for row in same.values()} == {1} and "WMD, all" not in same
+
+
 # ---------------------------------------------------------------- findings
-def test_findings_of_a_planted_ranking(tmp_path):
+def plant(folder, items, made="miniature nocaps"):
     """Candidates are references and nonsense; `good` ranks the reference first, `bad` last."""
-    items = data.read("miniature", "nocaps")[:6] + data.read("miniature", "out")[:6]
     rows = []
     for i, item in enumerate(items):
         for j, caption in enumerate(("nothing at all", item.captions[0], "a ring")):
-            scores = {"good": [0, 2, 1][j], "bad": [2, 0, 1][j], "some": None if i % 2 else j}
+            scores = {"good": [0, 2, 1][j], "bad": [2, 0, 1][j], "some": None if i % 2 else j,
+                      "most": [None, 2, 1][j]}
             rows.append({"item": item.name, "direction": "image-text-image", "candidate": j,
-                         "picture": "", "caption": caption, "scores": scores})
-    data.write_rows(tmp_path / "candidates.jsonl", rows)
+                         "input": str(item.path), "picture": "", "caption": caption,
+                         "scores": scores})
+    data.write_rows(folder / "candidates.jsonl", rows)
+    name, _, split = made.rpartition(" ")
+    settings = {"data": name or "None", "split": split, "judges": "miniature"}
+    write(folder / "settings.json", settings)
+
+
+def test_findings_of_a_planted_ranking(tmp_path):
+    everything = data.read("miniature", "nocaps")
+    items = everything[:6] + data.read("miniature", "out")[:6]
+    plant(tmp_path, items)
     results = run(tmp_path / "out", "--findings", tmp_path)
     found = results["findings"]
     good, bad = found["CIDEr by good"], found["CIDEr by bad"]
@@ -292,37 +418,143 @@ def test_findings_of_a_planted_ranking(tmp_path):
     assert good["chosen"] == pytest.approx(good["oracle"])
     assert good["by_rank"] == bad["by_rank"][::-1] and good["mean"] == bad["mean"]
     assert good["percent"] == pytest.approx(100 * good["gain"] / good["mean"])
-    assert "SBERT by some" not in found
+    df = metrics.document_frequency([x.captions for x in everything])    # not of the twelve
+    said, heard = [x.captions[0] for x in items], [x.captions for x in items]
+    assert good["chosen"] == pytest.approx(100 * metrics.cider(said, heard, df).mean())
+    assert "SBERT by some" not in found and found["CIDEr by most"] == found["CIDEr by good"]
     assert any("no choice by some" in x for x in results["notes"])
+    assert "12 candidates without most come last by it" in results["notes"]
     assert Image.open(tmp_path / "out/figure.png").width > 600
+
+
+def test_findings_know_what_they_are_of(tmp_path):
+    """Splits share their ids: another one than the rerank's would give other numbers, silently."""
+    test, val = data.read("miniature", "test")[:4], data.read("miniature", "val")[100 - 4:]
+    assert {x.name for x in data.read("miniature", "nocaps")} > {x.name for x in test}
+    plant(tmp_path, test, "miniature test")
+    found = run(tmp_path / "out", "--findings", tmp_path)
+    assert found["settings"]["split"] == "test"
+    assert found["findings"]["CIDEr by good"]["all"]["chosen"] > 100
+    for argv, reason in ((["--split", "nocaps"], "was made of split test, not of --split nocaps"),
+                         (["--data", "data/coco"], "was made of miniature, not of --data data/c"),
+                         (["--limit", 3], "--limit does nothing with --findings")):
+        with pytest.raises(ValueError, match=reason):
+            run(tmp_path / "out", "--findings", tmp_path, *argv)
+    later = {"data": "miniature", "split": "test", "judges": "miniature"}
+    write(tmp_path / "settings.json", later)
+    assert run(tmp_path / "out", "--findings", tmp_path)["findings"] == found["findings"]
+    plant(tmp_path, test + val, "miniature test")    # what is in there, whatever settings say
+    with pytest.raises(ValueError, match="is not in miniature, split test"):
+        run(tmp_path / "out", "--findings", tmp_path)
+    plant(tmp_path, test, "None")
+    with pytest.raises(ValueError, match="pictures or sentences by themselves"):
+        run(tmp_path / "out", "--findings", tmp_path)
+    plant(tmp_path, test, "coco test")
+    with pytest.raises(ValueError, match="no data set at coco: give --data"):
+        run(tmp_path / "other", "--findings", tmp_path)
+    plant(tmp_path, test[:1], "miniature test")
+    with pytest.raises(ValueError, match="fewer than two items"):
+        run(tmp_path / "out", "--findings", tmp_path)
 
 
 def test_findings_of_a_rerank_of_texts(tmp_path):
     argv = ["--turn", "text", "--limit", "2", "--n", "2", "--steps", "2", "--device", "cpu",
-            "--split", "near", "--out", str(tmp_path)]
+            "--scorer", "full", "--split", "near", "--out", str(tmp_path)]
     assert rerank.main(rerank.flags(argv)) == 0
-    found = run(tmp_path / "out", "--findings", tmp_path, "--split", "near")["findings"]
+    found = run(tmp_path / "out", "--findings", tmp_path)["findings"]
     assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"}
     assert list(found["DINO by clip"]) == ["near", "all"]
     first = data.read("miniature", "near")[0]
     rows = data.read_rows(tmp_path / "candidates.jsonl")
     inputs = {r["input"] for r in rows if r["item"] == first.name}
     assert inputs == {first.captions[0]}                              # the text, not the picture
+    second = data.read("miniature", "near")[1]
+    data.write_rows(tmp_path / "candidates.jsonl", [
+        row | {"picture": None, "scores": {"clip": None}} if row["item"] == second.name else row
+        for row in rows])
+    with pytest.raises(ValueError, match="fewer than two items"):     # a picture was no numbers
+        run(tmp_path / "out", "--findings", tmp_path)
     with pytest.raises(ValueError, match="run rerank.py"):
         run(tmp_path / "out", "--findings", tmp_path / "none")
-    with pytest.raises(ValueError, match="fewer than two items"):
-        run(tmp_path / "out", "--findings", tmp_path, "--split", "val")
 
 
 # ---------------------------------------------------------------- what is missing or broken
-def test_what_is_missing_is_told(capsys):
-    for argv in (["--score", "x.json"], ["--label-free"], ["--captioner", "vitb"],
-                 ["--captioner", "vitb", "--findings", "x"]):
-        with pytest.raises(SystemExit):
+def test_what_is_missing_or_idle_is_told():
+    for argv, reason in (
+            (["--score", "x.json"], "--score needs --refs"),
+            (["--compare", "x.json", "y.json"], "--compare needs --refs"),
+            (["--label-free"], "--label-free needs --images and --captions"),
+            (["--captioner", "vitb"], "--captioner vitb needs --data"),
+            (["--captioner", "vitb", "--findings", "x"], "--captioner does nothing with --findin"),
+            (["--score", "x.json", "--findings", "x"], "--findings does nothing with --score"),
+            (["--compare", "x", "y", "--refs", "z", "--ci"], "--ci does nothing with --compare"),
+            (["--images", "x"], "--images does nothing without --score, --compare or --label-fr"),
+            (["--refs", "x.json"], "--refs does nothing without")):
+        with pytest.raises(ValueError, match=reason):
             evaluate.flags(argv)
-    assert "needs --data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no data set at nowhere"):
         evaluate.items_of("nowhere")
+
+
+def test_no_job_writes_over_another(tmp_path, capsys):
+    """Folders by default apart; by --out refused, or, of the same job, told."""
+    def out(*argv):
+        return evaluate.flags([*argv]).out.as_posix()
+    assert out() == out("--captioner", "vitb", "--data", "d") == "out/evaluate"
+    assert out("--score", "a/x.json", "--refs", "r.json") == "out/score/x"
+    assert out("--compare", "x.json", "y.json", "--refs", "r.json") == "out/compare/x-y"
+    assert out("--findings", "out/full") == "out/full/findings"
+    assert out("--label-free", "--images", "d", "--captions", "x.json") == "out/label-free/x"
+    refs = write(tmp_path / "r.json", {"1": ["a dog"], "2": ["a cat"]})
+    for name in ("x", "y"):
+        write(tmp_path / f"{name}.json", {"1": "a dog", "2": f"a {name}"})
+    how = ["--score", tmp_path / "x.json", "--refs", refs]
+    for again in (False, False, True):           # anew, the same, other captions
+        if again:
+            write(tmp_path / "x.json", {"1": "a dog", "2": "a cat"})
+        capsys.readouterr()
+        run(tmp_path / "out", *how)
+        said = capsys.readouterr().err
+        assert ("results.json held other results: replaced" in said) == again
+
+
+def test_pictures_that_are_no_numbers_are_named_and_left_out(tmp_path, images, capsys):
+    """As a VAE in half precision may make them; none is saved as black."""
+    rows = []
+    for i in range(4):
+        data.save_image(images[i], tmp_path / f"set/{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": "a ring" if i % 2 else "a star"})
+    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    (tmp_path / "half.py").write_text(
+        "import torch\nclass Half:\n"
+        "    def draw(self, captions, items=None, seed=0, **settings):\n"
+        "        bad = [float('nan') if 'star' in c else .5 for c in captions]\n"
+        "        return torch.tensor(bad).view(-1, 1, 1, 1).repeat(1, 3, 32, 32)\n"
+        "def load(device, dtype):\n    return Half()\n")
+    argv = ["--data", tmp_path / "set", "--split", "all", "--only", "images", "--judges",
+            "miniature", "--generator", f"{tmp_path / 'half.py'}:load"]
+    results = run(tmp_path / "out", *argv)
+    assert results["images"]["all"]["n"] == 2
+    assert "2 of 4 pictures came out as no numbers" in " ".join(results["notes"])
+    assert "0.png, 2.png" in capsys.readouterr().err
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
+    data.write_rows(tmp_path / "set/metadata.jsonl", [row | {"text": "a star"} for row in rows])
+    with pytest.raises(ValueError, match="none of the 4 pictures came out as numbers"):
+        run(tmp_path / "none", *argv)
+
+
+def test_nothing_evaluated_is_an_error(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [{"file_name": f"{i}.png", "text": "a ring"} for i in range(3)]
+    for row in rows:
+        (tmp_path / "set" / row["file_name"]).write_text("no picture")
+    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    for only, reason in (("captions", "none of the 3 pictures could be read"),
+                         ("images", "none of the 3 pictures can be read")):
+        with pytest.raises(ValueError, match=reason):
+            run(tmp_path / only, "--data", tmp_path / "set", "--split", "all", "--only", only,
+                "--steps", 2)
+        assert not (tmp_path / only / "results.json").exists()
 
 
 def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
@@ -332,15 +564,17 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
         rows += [{"file_name": f"{i}.png", "text": f"a {c} ring"} for c in ("red", "blue")]
     data.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "set/2.png").write_text("no picture")
-    results = run(tmp_path / "out", "--data", tmp_path / "set", "--steps", 2)
+    results = run(tmp_path / "out", "--data", tmp_path / "set", "--split", "all", "--steps", 2)
     assert results["captions"]["all"]["n"] == results["images"]["all"]["n"] == 3
     assert "2.png is not a picture" in " ".join(results["notes"])
     assert "2.png" in capsys.readouterr().err
 
 
 def test_only_numbers_that_are_none_become_null(tmp_path, capsys):
+    notes = ["NaN", 'a "NaN"\nNaN', "a plate of NaN bread", ": NaN,\n"]
     results = {"captions": {"all": dict.fromkeys(tables.CAPTIONS) | {"n": 1, "WMD": float("nan")}},
-               "notes": ["NaN", 'a "NaN"\nNaN']}
+               "notes": notes, "settings": {}}
     evaluate.write(results, tmp_path)
-    back = json.loads((tmp_path / "results.json").read_text())
-    assert back["captions"]["all"]["WMD"] is None and back["notes"] == results["notes"]
+    text = (tmp_path / "results.json").read_text()
+    back = json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
+    assert back["captions"]["all"]["WMD"] is None and back["notes"] == notes

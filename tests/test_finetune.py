@@ -1,6 +1,7 @@
 """The training script, run in process on the miniature: the same training however it is cut, and
 nothing lost."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+import batches
 import bridge
 import checkpoints
 import data
@@ -57,6 +59,15 @@ def log(out):
 def same(a, b, within=0.0):
     assert a.keys() == b.keys()
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a) <= within
+
+
+PLOT = checkpoints.plot
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Drawing takes as long as a step: one test does it."""
+    monkeypatch.setattr(checkpoints, "plot", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -164,19 +175,97 @@ def test_two_processes_train_as_one(double, tmp_path):
 
 
 # ---------------------------------------------------------------- nothing lost
-def test_ctrl_c_saves_and_goes_on(whole, tmp_path, monkeypatch):
-    joint, calls, handler = losses.joint, [], signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_line_goes_on(whole, tmp_path, monkeypatch, capsys, number, code):
+    """The printed command, typed as it is, ends where an undisturbed run does; it says what it resumes."""
+    data.say.cache_clear()
+    joint, calls, handler = losses.joint, [], signal.getsignal(number)
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return joint(*args)
     monkeypatch.setattr(losses, "joint", interrupted)
-    args = finetune.flags([*QUICK, "--out", str(tmp_path), "--steps", "4"])
-    assert finetune.main(args) == 130 and checkpoints.header(tmp_path)["step"] == 2
-    assert same(run(tmp_path, "--resume"), whole[1])
-    assert signal.getsignal(signal.SIGINT) is handler
+    out = tmp_path / "a folder"
+    args = finetune.flags([*QUICK, "--out", str(out), "--steps", "4"])
+    assert finetune.main(args) == code and checkpoints.header(out)["step"] == 2
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("finetune.py: stopped after step 2 of 4; this goes on: python finetune.py --resume ")
+    python, script, *argv = shlex.split(line.partition("this goes on: ")[2])
+    assert finetune.main(finetune.flags(argv)) == 0
+    assert same(load_file(out / "checkpoint.safetensors"), whole[1])
+    said = capsys.readouterr().err
+    assert (f"finetune.py: {out} goes on after step 2: --captioner miniature --generator miniature "
+            "--losses tg ir ig tr --lr 0.001 --batch 4\n") in said
+    assert signal.getsignal(number) is handler
+
+
+def test_the_command_that_goes_on():
+    settings = {"captioner": "vitb", "generator": "my models/sd", "data": "data/coco", "own": None, "lr": [1e-4]}
+    assert checkpoints.again("out/x", settings, None, 1) == (
+        "python finetune.py --resume --out out/x --generator 'my models/sd' --data data/coco")
+    assert checkpoints.again("out/x", {}, "cuda", 8) == (
+        "torchrun --nproc_per_node=8 finetune.py --resume --out out/x --device cuda")
+
+
+def test_without_git_a_checkpoint_is_saved(monkeypatch):
+    found = checkpoints.commit()
+    assert found is None or re.fullmatch("[0-9a-f]{40}", found)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert checkpoints.commit() is None
+
+
+def test_without_a_resource_module(monkeypatch):
+    """As on Windows: the script is imported, and says nothing of its memory."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("finetune_there", finetune.__file__)
+    there = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "finetune_there", there)
+    spec.loader.exec_module(there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert there.peak_gib() is None
+    assert .1 < finetune.peak_gib() < 100
+
+
+def test_a_prediction_type_without_a_formula_is_told_before_the_work(tmp_path, monkeypatch):
+    load = Generator.load
+
+    def loaded(*args):
+        generator = load(*args)
+        generator.scheduler.register_to_config(prediction_type="flow_prediction")
+        return generator
+    monkeypatch.setattr(Generator, "load", loaded)
+    monkeypatch.setattr(finetune, "train", None)
+    with pytest.raises(ValueError, match="prediction_type 'flow_prediction': epsilon, v_prediction"):
+        run(tmp_path / "out", "--steps", 1)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- what a person looks at
+def test_the_losses_are_drawn(tmp_path, monkeypatch, capsys):
+    """log.png has the numbers of log.jsonl, gaps left out; without matplotlib there is a line."""
+    from matplotlib.figure import Figure
+    drawn, savefig = [], Figure.savefig
+
+    def kept(figure, *args, **more):
+        drawn.append(figure)
+        savefig(figure, *args, **more)
+    monkeypatch.setattr(Figure, "savefig", kept)
+    monkeypatch.setattr(checkpoints, "plot", PLOT)
+    run(tmp_path, "--steps", 4, "--every", 2, "--held", 3, "--thin", 8, "--losses", "tg", "tr")
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    rows = log(tmp_path)
+    for name, axis in zip(("tg", "tr"), drawn[0].axes):
+        training, held = axis.lines
+        assert axis.get_title() == name
+        assert training.get_xydata().tolist() == [[r["step"], r[name]] for r in rows if r[name] is not None]
+        assert held.get_xydata().tolist() == [[r["step"], r["held"][name]] for r in rows if "held" in r]
+    assert len(drawn[0].axes) == 2 and [r["step"] for r in rows if "held" in r] == [2, 4]
+    (tmp_path / "log.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    checkpoints.plot(tmp_path, ["tg"])
+    assert not (tmp_path / "log.png").exists() and "no log.png: pip install matplotlib" in capsys.readouterr().out
 
 
 def test_a_broken_number_stops_and_keeps_the_last_good(tmp_path, monkeypatch):
@@ -611,10 +700,44 @@ def test_pictures_of_a_folder_and_a_broken_one(images, tmp_path, capsys):
         for i, c in enumerate(("red", "blue", "pink", "green"))
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(tmp_path / "out", "--data", folder, "--steps", 3)
+    data.say.cache_clear()
+    run(tmp_path / "out", "--data", folder, "--split", "all", "--steps", 3)
     err = capsys.readouterr().err
     assert err.count("3.png is not a picture") == 1
-    assert "train: 4 pictures" in checkpoints.header(tmp_path / "out")["data"]
+    assert f"finetune.py: 1 of the 5 pictures of {folder}, all, have no caption and are left out\n" in err
+    assert "all: 4 pictures" in checkpoints.header(tmp_path / "out")["data"]
+
+
+def test_a_share_of_a_folder_is_held_out(images, tmp_path, capsys):
+    """By the rule of data.read: no picture of them is trained on, neither with its caption nor as one
+    that nobody described; where all are, that is said."""
+    for i in range(40):
+        data.save_image(images[i % 6], tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text("a ball")
+    folder = str(tmp_path / "set")
+    expected = {x.name for x in data.read(folder, "val")}
+    training, own, _ = batches.open_samples(folder, "train", folder, 4)
+    held = batches.held_out(folder, 64, [training, own])
+    assert own.items == training.items and len(training) + len(held) == 40
+    assert {x.name for x in held.items} == expected and 1 < len(held) < 10
+    assert len(batches.held_out(folder, 2, [training])) == 2
+    run(tmp_path / "out", "--data", folder, "--steps", 1, "--losses", "tg", "--held", 64)
+    said = capsys.readouterr().out
+    assert f"{len(held)} held-out samples" in said and log(tmp_path / "out")[0]["held"]["tg"] > 0
+    data.say.cache_clear()
+    own = batches.Samples(folder, "val", described=False)
+    for trained in ([batches.Samples(folder, "all")], [training, own]):
+        assert batches.held_out(folder, 64, trained) is None
+    said = capsys.readouterr().err
+    assert f"finetune.py: nothing is held out: all of {folder}, val, is trained on\n" in said
+    data.say.cache_clear()
+    (tmp_path / "set/train").mkdir()
+    (tmp_path / "set/0.png").rename(tmp_path / "set/train/0.png")
+    (tmp_path / "set/test").mkdir()
+    (tmp_path / "set/1.png").rename(tmp_path / "set/test/1.png")
+    assert batches.held_out(folder, 64, [training]) is None
+    assert "nothing is held out: " in capsys.readouterr().err
+    assert batches.held_out(folder, 0, [training]) is None and not capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- and after

@@ -1,6 +1,8 @@
 """From names to models: what cannot be loaded, devices, threads, memory, revisions, checkpoints."""
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 import judges
 import loading
+import script
 from captioners import Captioner
 from generators import Generator
 
@@ -51,6 +54,65 @@ def test_what_cannot_be_loaded_is_named(kind, name):
     with pytest.raises(ValueError, match=name) as e:
         kind.load(name, "cpu")
     assert "\n" not in str(e.value) and "miniature" in str(e.value)
+
+
+@pytest.mark.parametrize("kind, name, meant", [
+    (Captioner, "minature", "miniature"), (Captioner, "vitB", "vitb"), (Captioner, "blip-2", "blip2"),
+    (Generator, "sd-14", "sd14"), (Generator, "Miniature", "miniature")])
+def test_what_was_meant_is_named(kind, name, meant):
+    with pytest.raises(ValueError, match=f"{name}.*did you mean {meant}\\?$"):
+        kind.load(name, "cpu")
+    with pytest.raises(ValueError, match="hub id .owner/name.$"):
+        kind.load("xyz", "cpu")                  # near to none of them
+
+
+@pytest.mark.parametrize("fault, line", [("pointer", "is a git-lfs pointer"),
+                                         ("cut", "is not a whole safetensors file")])
+def test_a_file_that_is_not_whole_is_one_line(tmp_path, fault, line):
+    """In a folder of judges, as a model of one file, as a checkpoint."""
+    shutil.copytree(ROOT / "miniature/clip", tmp_path / "clip")
+    file = tmp_path / "clip/model.safetensors"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n"
+    file.write_bytes(pointer if fault == "pointer" else file.read_bytes()[:-1000])
+    found, absent = judges.load(["clip", "pixel"], "image", str(tmp_path))
+    assert set(found) == {"pixel"} and line in absent["clip"] and "\n" not in absent["clip"]
+    for load in (lambda: Generator.load(str(file), "cpu"), lambda: loading.load_trained(file)):
+        with pytest.raises(ValueError, match=line) as e:
+            load()
+        assert "\n" not in str(e.value) and str(file) in str(e.value)
+
+
+# ---------------------------------------------------------------- scripts
+@pytest.mark.parametrize("fault, code, err", [
+    (None, 143, ""), (ValueError("a\n  b"), 2, "job.py: a b\n"),
+    (OSError("full"), 2, "job.py: full\n")])
+def test_a_script_ends_with_one_line(monkeypatch, capsys, fault, code, err):
+    """And prints what its terminal cannot show."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["some/job.py"])
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(script, "ready_to_stop", lambda: None)
+
+    def main(args):
+        print(args)
+        if fault:
+            raise fault
+        return 143
+    with pytest.raises(SystemExit) as e:
+        script.run(main, lambda: "caf\udce9 \u00df")
+    terminal.flush()
+    assert e.value.code == code and capsys.readouterr().err == err
+    assert terminal.buffer.getvalue() == b"caf\\udce9 \\xdf\n"
+
+
+def test_a_wrong_flag_is_one_line():
+    parser = script.Parser("")
+    parser.add_argument("--n", type=int)
+    assert parser.parse_args(["--n", "3"]).n == 3
+    for argv in (["--n", "x"], ["--m"], ["--n"], ["more"]):
+        with pytest.raises(ValueError, match=r"\(--help lists the flags\)$") as e:
+            parser.parse_args(argv)
+        assert "\n" not in str(e.value)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -280,7 +342,7 @@ def test_trained_weights_that_do_not_fit_change_nothing(tmp_path, fault):
     if fault == "cut":
         file.write_bytes(file.read_bytes()[:-1000])
     own = {name: p.clone() for name, p in captioner.model.named_parameters()}
-    with pytest.raises(ValueError, match="--ckpt .*checkpoint.safetensors") as e:
+    with pytest.raises(ValueError, match="checkpoint.safetensors") as e:
         loading.load_trained(tmp_path, captioner)
     assert "\n" not in str(e.value)
     assert all(torch.equal(p, own[name]) for name, p in captioner.model.named_parameters())

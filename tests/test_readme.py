@@ -9,19 +9,22 @@ from lab import report
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # a line of README, and the claims (lab/claims.json) that stand in it
 LINES = {
-    "the paper's cycle, by CLIP": ("cycle gain", "cycle evaluations", "cycle - beam"),
-    "denoising loss, 12 noises": ("default gain", "default evaluations", "default - beam"),
-    "CLIP of picture and caption, no cycle": ("clipscore gain", "clipscore - beam"),
-    "beam search, no choice": ("beam gain",),
+    "the paper's cycle, by CLIP": ("cycle evaluations", "cycle - beam"),
+    "denoising loss, 12 noises": ("denoise evaluations", "denoise - beam"),
+    "CLIP of picture and caption (": ("clipscore - beam",),
+    "| log-likelihood per token (": ("per token - beam",),
+    "both models (`--by both`)": ("denoise evaluations", "both - beam"),
     "| `vitb` |": ("vitb GiB", "vitb seconds"),
     "| `vitb --micro 2` |": ("vitb --micro 2 GiB", "vitb --micro 2 seconds"),
     "| `vitb --checkpointing` |": ("vitb --checkpointing GiB", "vitb --checkpointing seconds"),
     "| `vitl` |": ("vitl GiB", "vitl seconds"),
     "| `blip2` |": ("blip2 GiB", "blip2 seconds"),
 }
-TEXT = ("pictures, cycle", "all four - tg", "own words")
-FIRST = ("default - beam, in", "default - beam, near", "default - beam, out",
-         "pictures, clipscore")                  # without their intervals
+BY_DOMAIN = {"the paper's cycle, by CLIP": "cycle", "denoising loss, 12 noises": "denoise",
+             "CLIP of picture and caption (": "clipscore", "both models (`--by both`)": "both",
+             "| log-likelihood per token (": "per token"}
+TEXT = ("pictures, both", "pictures, cycle", "all four - tg", "own words", "both - beam, in")
+FIRST = ("pictures, clipscore",)                 # without their intervals
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,15 @@ def test_a_table_says_what_was_measured(claims, beginning):
     line = next(line for line in README.splitlines() if beginning in line)
     for name in LINES[beginning]:
         assert claims[name] in line, f"{name} is {claims[name]}"
+
+
+@pytest.mark.parametrize("beginning", BY_DOMAIN)
+def test_a_row_by_domain_says_what_was_measured(claims, beginning):
+    line = next(line for line in README.splitlines() if beginning in line)
+    cells = [cell.strip() for cell in line.split("|")[4:8]]
+    name = BY_DOMAIN[beginning]
+    wanted = [claims[f"{name} - beam, {domain}"] for domain in ("in", "near", "out")]
+    assert cells == [claim.split(" ")[0] for claim in (*wanted, claims[f"{name} facts"])]
 
 
 def test_the_text_says_what_was_measured(claims):

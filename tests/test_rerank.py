@@ -59,7 +59,7 @@ def test_what_comes_out(finished, capsys):
     assert all(best[r["item"]]["caption"] == r["caption"] for r in lines if r["rank"]["clip"] == 0)
     assert Image.open(finished / "sheet.png").width > 400
     page = (finished / "index.html").read_text()
-    assert page.count("<figure class=best>") == 3 and "http" not in page and "<script" not in page
+    assert page.count('<figure class="best">') == 3 and "http" not in page and "<script" not in page
 
 
 def test_a_pictures_scores_are_those_of_the_files(finished):
@@ -99,7 +99,7 @@ def test_other_settings_on_the_same_folder_are_refused(finished):
 
 def test_another_set_is_another_run(finished):
     """Items of two sets may have one name."""
-    with pytest.raises(ValueError, match="set was miniature test, is miniature near"):
+    with pytest.raises(ValueError, match="split was test, is near"):
         run("--limit", 3, "--split", "near", out=finished)
 
 
@@ -122,7 +122,7 @@ def test_pictures_of_any_kind_and_one_that_is_none(tmp_path, capsys):
     assert len({r["item"] for r in rows(tmp_path / "out")}) == 3
     said = capsys.readouterr()
     assert "broken.png" in said.err and "1 skipped" in said.out
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the 1 inputs"):
         run(tmp_path / "broken.png", "--likeness", "pixel", out=tmp_path / "none")
 
 
@@ -156,25 +156,39 @@ def test_two_processes_share_the_work(finished, tmp_path):
     assert core(tmp_path / "out") == core(finished)
 
 
+def test_what_another_process_skipped_is_counted(tmp_path, capsys, monkeypatch):
+    """The first of two processes; the other's share, a broken picture, came to nothing."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    monkeypatch.setattr(data, "rank_and_world", lambda: (0, 2))
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(rerank.dist, name, lambda *a, **k: None)
+    assert run(tmp_path, "--likeness", "pixel", out=tmp_path / "out") == 0
+    assert "1 of 2 inputs done, 1 skipped" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- cheaper scorers
-def test_both_draws_only_the_winner(tmp_path):
+@pytest.mark.parametrize("by", [None, "both"])
+def test_only_the_winner_is_drawn(tmp_path, by):
     argv = ["--limit", "3", "--n", "3", "--steps", "3", "--device", "cpu", "--draws", "4",
             "--likeness", "pixel", "--out", str(tmp_path)]
+    argv += ["--by", by] if by else []
+    by = by or "denoise"
     assert rerank.main(rerank.flags(argv)) == 0
     found = rows(tmp_path)
     assert len(found) == 9 and len(list((tmp_path / "pictures").iterdir())) == 3
     best = json.loads((tmp_path / "best.json").read_text())
     for item in {r["item"] for r in found}:
         some = [r for r in found if r["item"] == item]
-        winner = max(some, key=lambda r: r["scores"]["both"])
+        winner = max(some, key=lambda r: r["scores"][by])
         assert winner["picture"] == best[item]["picture"]
         assert winner["caption"] == best[item]["caption"]
         assert sum(r["picture"] is not None for r in some) == 1
         for r in some:
             assert set(r["scores"]) == {"both", "denoise", "likelihood", "per_token"}
             assert set(r["errors"]) == set(r["gaps"]) == {"both", "denoise"}
-            assert r["errors"]["both"] > 0
-            assert (r["gaps"]["both"] > 0) != (r["caption"] == best[item]["caption"])
+            assert r["errors"][by] > 0
+            assert (r["gaps"][by] > 0) != (r["caption"] == best[item]["caption"])
     assert "not drawn" not in (tmp_path / "index.html").read_text()
     assert (tmp_path / "sheet.png").exists()
 
@@ -274,9 +288,18 @@ def test_ranks_by_hand():
 
 
 def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
-    lines = [{"item": "a", "candidate": j} for j in (1, 0)] + [{"item": "b", "candidate": 1}]
+    lines = [{"item": "a", "candidate": j} for j in (0, 1)] + [{"item": "b", "candidate": 0}]
     data.write_rows(tmp_path / "candidates.jsonl", lines)
-    assert best_of_n.finished(tmp_path, 2) == {"a": [lines[1], lines[0]]}
+    assert best_of_n.finished(tmp_path, 2) == {"a": lines[:2]}
+    # counts may differ by item; what was cut off and done again counts as done
+    many = [{"item": x, "candidate": j, "of": of} for x, of, stop in
+            (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1)) for j in range(stop)]
+    data.write_rows(tmp_path / "candidates.jsonl", many)
+    assert best_of_n.finished(tmp_path, 2) == {"a": many[3:6], "b": many[2:3]}
+    given = [{"item": "a", "candidate": 0, "of": 1, "given": "x"}]
+    data.write_rows(tmp_path / "candidates.jsonl", given)
+    assert best_of_n.finished(tmp_path, None, {"a": "x"}) == {"a": given}
+    assert best_of_n.finished(tmp_path, None, {"a": "y"}) == {}
 
 
 # ---------------------------------------------------------------- words, pairs, long prompts
@@ -320,55 +343,6 @@ def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch, capsys):
     assert run("--limit", 3, "--words", out=out) == 0
 
 
-def candidates(scores, key="caption", direction="image-text-image"):
-    return {"x": [{"item": "x", "direction": direction, "input": "tests/x.png", "caption": "a ring",
-                   "scores": {"clip": s}} | {key: name} for name, s in scores]}
-
-
-def test_preference_pairs_of_captions_load_as_trl_wants_them(tmp_path):
-    import datasets
-    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    scores = [("a", .5), ("b", .9), ("a", .5), ("c", .52), ("d", None)]
-    groups = candidates(scores)
-    for r in groups["x"]:
-        r["input"] = str(tmp_path / "x.png")
-    said = best_of_n.write_pairs("trl", groups, "clip", .05, tmp_path)
-    text = (tmp_path / "pairs.jsonl").read_text()
-    assert said.startswith("2 preference pairs") and "1 ties" in said          # c - a is a tie
-    assert said.endswith("1 candidates equal to another one, 1 without a score")
-    best_of_n.write_pairs("trl", {"x": groups["x"][::-1]}, "clip", .05, tmp_path)
-    assert (tmp_path / "pairs.jsonl").read_text() == text               # order is nothing
-    found = datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train",
-                                  cache_dir=str(tmp_path / "cache")).cast_column(
-        "images", datasets.List(datasets.Image()))
-    for row in found:
-        assert row["images"][0].size == (8, 8)
-        assert row["prompt"][0]["role"] == "user"
-        assert row["prompt"][0]["content"][0]["type"] == "image"
-        assert row["chosen"][0]["role"] == row["rejected"][0]["role"] == "assistant"
-    chosen = [r["chosen"][0]["content"][0]["text"] for r in found]
-    rejected = [r["rejected"][0]["content"][0]["text"] for r in found]
-    assert set(zip(chosen, rejected)) == {("b", "a"), ("b", "c")}
-
-
-def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path):
-    import io
-
-    import datasets
-    for i in range(3):
-        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
-    groups = candidates([("0.png", .1), ("1.png", .3), ("2.png", .3)], "picture", "text-image-text")
-    said = best_of_n.write_pairs("diffusion", groups, "clip", 0, tmp_path)
-    assert said.startswith("2 preference pairs") and "1 ties" in said
-    found = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"),
-                                  split="train", cache_dir=str(tmp_path / "cache"))
-    assert {"caption", "jpg_0", "jpg_1", "label_0", "label_1"} <= set(found.column_names)
-    sizes = {tuple(Image.open(io.BytesIO(r[f"jpg_{i}"])).width for i in (0, 1)) for r in found}
-    assert sizes == {(5, 4), (6, 4)} and all(r["label_0"] == 1 and r["label_1"] == 0 for r in found)
-    with pytest.raises(ValueError, match="trl compares captions"):
-        best_of_n.write_pairs("trl", groups, "clip", 0, tmp_path)
-
-
 def test_long_prompts_are_counted(tmp_path, capsys):
     long = "a red ring to the left of a blue box and " * 9 + "a green heart"
     assert run(long, "--likeness", "cider", "sbert", out=tmp_path) == 0
@@ -388,3 +362,186 @@ def test_nothing_need_be_drawn(tmp_path):
     for more in (["--scorer", "few"], ["a red ring"]):
         with pytest.raises(ValueError, match="--steps 0: only --scorer both"):
             rerank.main(rerank.flags([*more, "--steps", "0", "--out", str(tmp_path / "x")]))
+
+
+# ---------------------------------------------------------------- captions and pictures that exist
+def rank(*argv, out):
+    """With nothing drawn."""
+    return rerank.main(rerank.flags([*map(str, argv), "--device", "cpu", "--draws", "2",
+                                     "--likeness", "clip", "--out", str(out)]))
+
+
+def test_given_captions_score_as_if_they_were_said(captioner, generator, images):
+    """Captions that exist, in both scorers: the same numbers as where the captioner said them."""
+    how = {"captioner": captioner, "generator": generator, "n": 3, "seed": 5, "items": ["x", "y"],
+           "likeness": {"dark": lambda pictures, image: -pictures.mean((1, 2, 3))}, "draws": 2}
+    for scorer, steps in (("both", 0), ("full", 2)):
+        own = best_of_n.captions_for(images[:2], scorer=scorer, draw={"steps": steps}, **how)
+        said = [[row["caption"] for row in rows] for rows in own]
+        again = best_of_n.captions_for(images[:2], scorer=scorer, draw={"steps": steps}, given=said,
+                                       **how)
+        for one, other in zip(sum(own, []), sum(again, [])):
+            assert one["caption"] == other["caption"]
+            assert other["scores"] == pytest.approx(one["scores"], abs=2e-3)
+
+
+def test_one_picture_and_its_captions(captioner, generator, images):
+    """Any number of candidates, more than a batch; against the rooms' own functions."""
+    captions = ["a red ring", "a ring", "a big blue heart at night", "a red ring", ""]
+    rows = best_of_n.rank_captions(images[0], captions, captioner, generator, "x", draws=3, seed=2,
+                                   draw={"steps": 0, "batch": 2})
+    noises = cycle.noises(generator, 3, 2, "x")
+    loss = losses.score(generator, images[0], captions, *noises).mean(0)
+    log_p = captioner.likelihood(images[:1].repeat(5, 1, 1, 1), captions)
+    both = losses.both(log_p / captioner.tokens(captions), loss)
+    order = loss.argsort(stable=True)
+    assert [r["caption"] for r in rows] == [captions[i] for i in order]
+    assert [r["scores"]["both"] for r in rows] == pytest.approx(both[order].tolist(), abs=1e-3)
+    for wrong in ((images, captions), (images[0], "a ring"), (images[0], [])):
+        with pytest.raises(ValueError, match="one picture"):
+            best_of_n.rank_captions(*wrong, captioner, generator)
+
+
+def test_one_text_and_its_pictures_of_any_size(captioner, generator, images):
+    """One that is no numbers is last, has no score, and moves nobody else's."""
+    larger = torch.nn.functional.interpolate(images[1:2], (40, 50))[0]
+    pictures = [images[0], images[0] * torch.nan, larger, images[2]]
+    rows = best_of_n.rank_pictures("a red ring", pictures, captioner, generator, draws=2)
+    alone = best_of_n.rank_pictures("a red ring", [pictures[i] for i in (0, 2, 3)], captioner,
+                                    generator, draws=2)
+    assert rows[-1]["nan"] and rows[-1]["picture"] is None and not any(rows[-1]["scores"].values())
+    for row, other in zip(rows, alone):
+        assert row["picture"] is other["picture"]
+        assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+        assert row["gaps"] == pytest.approx(other["gaps"], abs=1e-5)
+    with pytest.raises(ValueError, match="one text"):
+        best_of_n.rank_pictures("a ring", [], captioner, generator)
+
+
+def test_captions_of_a_file(tmp_path, capsys):
+    """Of any number each, from files; run again it goes on; a changed caption is ranked anew."""
+    for i in range(2):
+        shutil.copy(ROOT / f"miniature/data/test/000{i}.png", tmp_path / f"{i}.png")
+    file = tmp_path / "mine.json"
+    mine = {"0.png": ["a ring", "an orange plus and a red ring", "a cat"], "1.png": "a ball"}
+    file.write_text(json.dumps(mine))
+    out = tmp_path / "out"
+    assert rank("--captions", file, "--steps", 3, out=out) == 0
+    found = rows(out)
+    assert [(r["item"], r["caption"]) for r in found] == [
+        ("0.png", "a ring"), ("0.png", mine["0.png"][1]), ("0.png", "a cat"), ("1.png", "a ball")]
+    assert json.loads((out / "best.json").read_text())["0.png"]["caption"] == mine["0.png"][1]
+    assert sum(r["picture"] is not None for r in found) == 2               # the winners
+    assert "N = 1 to 3" in (out / "index.html").read_text()
+    said = capsys.readouterr()
+    assert "TOY MODELS" in said.out and f"--out {out}-real --captioner vitb" in said.out
+    file.write_text(json.dumps(mine | {"1.png": ["a yellow ball"]}))
+    assert rank("--captions", file, "--steps", 3, out=out) == 0
+    assert "1 of 2 already done" in capsys.readouterr().err
+    assert [r["caption"] for r in rows(out)][3:] == ["a yellow ball"]
+    with pytest.raises(ValueError, match="every candidate is ranked"):
+        rank("--captions", file, "-n", 3, out=out)
+    with pytest.raises(ValueError, match="give one"):
+        rank("--captions", file, "a ring", out=out)
+
+
+def test_captions_of_a_set_are_worth_something(tmp_path, capsys):
+    """Pictures named as those of --data are that set's, with its references."""
+    items = data.read("miniature", "test")[:2]
+    file = tmp_path / "mine.jsonl"
+    some = [{"image_id": int(x.name), "captions": ["a cat", *x.captions[:i + 1]]}
+            for i, x in enumerate(items)]
+    data.write_rows(file, some)
+    how = ["--captions", file, "--data", "miniature", "--steps", 0]
+    assert rank(*how, out=tmp_path / "out") == 0
+    found = rows(tmp_path / "out")
+    assert [r["item"] for r in found] == [items[0].name] * 2 + [items[1].name] * 3
+    said = capsys.readouterr().out
+    assert "CIDEr of 2 items by both" in said
+
+
+def test_pictures_of_a_folder_of_prompts(tmp_path, capsys):
+    for prompt, numbers in (("a red ring", (0, 1, 2)), ("a box", (3,))):
+        (tmp_path / "in" / prompt).mkdir(parents=True)
+        for i in numbers:
+            shutil.copy(ROOT / f"miniature/data/test/000{i}.png", tmp_path / "in" / prompt)
+    (tmp_path / "in/a box/broken.png").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    assert rank("--images", tmp_path / "in", "--words", out=out) == 0
+    said = capsys.readouterr()
+    assert "broken.png" in said.err and "1 of the given pictures" in said.out
+    found = rows(out)
+    assert [r["item"] for r in found] == ["a box"] + ["a red ring"] * 3
+    assert all(Image.open(r["picture"]).size == (32, 32) for r in found)
+    assert not (out / "pictures").exists()
+    best = json.loads((out / "best.json").read_text())
+    assert best["a red ring"]["picture"].endswith("0000.png")              # a ring is in it
+    full = ["--images", tmp_path / "in", "--scorer", "full", "--likeness", "sbert"]
+    assert rerank.main(rerank.flags([*map(str, full), "--out", str(tmp_path / "full")])) == 0
+    assert "1 of the given" in capsys.readouterr().out
+    assert len({r["caption"] for r in rows(tmp_path / "full")}) > 2        # what was read
+
+
+def test_who_only_speaks_can_not_read(generator):
+    with pytest.raises(ValueError, match="no `likelihood`"):
+        rerank.make_fit(object(), generator, "both", None, True, "miniature")
+    rerank.make_fit(object(), generator, "both", None, False, "miniature")
+
+
+# ---------------------------------------------------------------- what is not as it should be
+LOST = """import torch
+class Painter:
+    def draw(self, captions, items=None, seed=0, **settings):
+        pictures = torch.linspace(0, 1, len(captions)).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
+        pictures[::2, 0, 0, 0] = torch.nan
+        return pictures
+def load(device, dtype):
+    return Painter()
+"""
+
+
+@pytest.mark.parametrize("turn", ["image", "text"])
+def test_pictures_that_are_no_numbers(tmp_path, capsys, turn):
+    (tmp_path / "lost.py").write_text(LOST)
+    likeness = "pixel" if turn == "image" else "sbert"
+    argv = ["--generator", f"{tmp_path / 'lost.py'}:load", "--turn", turn, "--limit", "2",
+            "--n", "3", "--likeness", likeness, "--out", str(tmp_path / "out")]
+    assert rerank.main(rerank.flags(argv)) == 0
+    found = rows(tmp_path / "out")
+    lost = [r for r in found if r.get("nan")]
+    assert 2 <= len(lost) < len(found)
+    for r in found:
+        assert (r["picture"] is None) == (r["scores"][likeness] is None) == (r in lost)
+    best = json.loads((tmp_path / "out/best.json").read_text())
+    assert best and all(r["score"] is not None and r["picture"] for r in best.values())
+    files = {f"pictures/{p.name}" for p in (tmp_path / "out/pictures").iterdir()}
+    assert files == {r["picture"] for r in found} - {None}
+    said = capsys.readouterr().out
+    assert f"{len(lost)} pictures came out as no numbers" in said and lost[0]["item"] in said
+    assert "it came out as no numbers" in (tmp_path / "out/index.html").read_text()
+
+
+def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys):
+    argv = ["--limit", "3", "--n", "3", "--steps", "3", "--draws", "2", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags(argv)) == 0
+    before = rows(tmp_path)
+    assert rerank.main(rerank.flags([*argv, "--by", "likelihood"])) == 0
+    said = capsys.readouterr().out
+    changed = [r for r in before if r["rank"]["likelihood"] == 0 and not r["picture"]]
+    assert changed and f"{len(changed)} winners are not drawn: --draw does it" in said
+    assert "ranked by likelihood, before by denoise" in said
+    assert (tmp_path / "index.html").read_text().count("not drawn: --draw") == len(changed)
+    assert rerank.main(rerank.flags([*argv, "--by", "likelihood", "--draw"])) == 0
+    assert "not drawn" not in (tmp_path / "index.html").read_text()
+    generator = Generator.load("miniature", "cpu")
+    for r in rows(tmp_path):
+        if r["rank"]["likelihood"] == 0:
+            drawn = generator.draw([r["caption"]], [r["item"]], 0, steps=3)[0]
+            assert (data.open_image(tmp_path / r["picture"]) - drawn).abs().max() < .02
+
+
+def test_a_folder_of_somebody_else_s_is_left_alone(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match="holds index.html of no run"):
+        run("--limit", 3, out=tmp_path)
+    assert (tmp_path / "index.html").read_text() == "mine"

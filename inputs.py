@@ -1,0 +1,267 @@
+"""What goes in: pictures, sentences, a set; or captions and pictures that exist already.
+
+    found = from_arguments(["photo.jpg", "holiday/"])
+    found = given_captions("captions.json")
+    found.items[0].path, found.given["photo.jpg"]
+
+Copy this file with best_of_n.py and data.py.
+"""
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import data
+from best_of_n import IMAGE, TEXT
+from miniature import world
+
+# the keys of rows that hold captions, and pictures, that exist
+PICTURE = ("image", "file_name", "image_id")
+CAPTIONS = ("captions", "caption", "text")
+PROMPT = ("prompt", "caption", "text")
+PICTURES = ("images", "pictures", "image", "file_name")
+VOCABULARY = {*"a an and".split(), *" ".join([*world.WORDS, *world.PHRASES]).split()}
+
+
+@dataclass
+class Inputs:
+    """items: of data.py, a sentence without a path; given: {item's name: its candidates, captions
+    or paths of pictures}; notes: lines on what was left out; whole: the items of the set that they
+    are of, whose captions weigh CIDEr's n-grams."""
+    direction: str
+    items: list
+    given: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+    whole: list = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- what is to be described, or drawn
+def from_set(root, split, turn, limit):
+    """The items of a set."""
+    if not root:
+        raise ValueError("nothing to rerank: give pictures, folders or sentences, or --data with a "
+                         "set's folder")
+    whole = data.read(root, split)
+    items = whole[:limit or (4 if root == "miniature" else None)]
+    if turn != "text":
+        return Inputs(IMAGE, items, whole=whole)
+    if not all(item.captions for item in items):
+        raise ValueError(f"--turn text: {root} has pictures without captions")
+    return Inputs(TEXT, [replace(item, path=None) for item in items], whole=whole)
+
+
+def from_arguments(arguments, limit=None):
+    """Pictures, or sentences; both in one run are refused, as is what looks like a path and is
+    neither."""
+    pictures, sentences = [], []
+    for given in arguments:
+        path = Path(given)
+        kind = path.suffix.lower()
+        if os.path.isdir(given):                 # of a long sentence, Path.is_dir raises
+            for item in data.read(path):
+                pictures.append(data.Item(item.path.as_posix(), item.path, item.captions))
+        elif kind in data.SUFFIXES:
+            if not os.path.exists(given):
+                raise ValueError(f"{given}: no such picture")
+            pictures.append(data.Item(path.as_posix(), path))
+        elif kind in (".txt", ".json"):
+            sentences += sentences_in(given)
+        elif looks_like_a_path(given):
+            raise ValueError(f"{given}: no picture ({' '.join(sorted(data.SUFFIXES))}), folder, "
+                             ".txt or .json that is there; a sentence that looks like a path goes "
+                             "into a .txt")
+        else:
+            sentences.append(given)
+    if pictures and sentences:
+        raise ValueError(f"pictures and sentences in one run (such as {pictures[0].name!r} and "
+                         f"{sentences[0]!r}): give one kind")
+    sentences = [data.one_line(sentence) for sentence in sentences]
+    if "" in sentences:
+        raise ValueError("an empty sentence can't be drawn")
+    found = pictures + [data.Item(sentence, None, [sentence]) for sentence in sentences]
+    unique = list({item.name: item for item in found}.values())
+    out = Inputs(IMAGE if pictures else TEXT, unique[:limit])
+    if len(unique) < len(found):
+        (name, _), = Counter([item.name for item in found]).most_common(1)
+        out.notes.append(f"{len(found) - len(unique)} of {len(found)} inputs repeat another one, "
+                         f"such as {name!r}: each is done once")
+    return out
+
+
+def looks_like_a_path(text):
+    """Whether it can't be a sentence: it exists, begins or ends as paths do, ends in a dot and some
+    letters, or has a slash or a wildcard and no blank."""
+    if os.path.exists(text) or text.startswith(("/", "./", "../", "~")):
+        return True
+    if re.search(r"\.[A-Za-z]\w{1,4}$|[/\\]$", text):
+        return True
+    return " " not in text and re.search(r"[/\\*?\[]", text) is not None
+
+
+def sentences_in(path):
+    """Of a .txt, one a line; of a .json, a list."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file of sentences")
+    lines = data.read_lines(path) if path.lower().endswith(".txt") else data.load_json(path)
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{path}: expected a JSON list of strings, or a .txt, one a line")
+    return [line for line in lines if line.strip()]
+
+
+# ---------------------------------------------------------------- what exists already
+def given_captions(path, limit=None, items=()):
+    """Pictures with captions that exist: of JSON {picture: captions}; of JSON lines, or a JSON
+    list, of rows {"image" or "file_name": picture, "captions": [...]}; or of a folder of pictures
+    with .txt files beside them, one caption a line.
+
+    A picture is one of `items`, by its name or path, if there are any; else a file, beside `path`
+    or from here. Raises ValueError for other files.
+    """
+    out = Inputs(IMAGE, [], whole=list(items))
+    if os.path.isdir(path):
+        rows = [(item, item.captions) for item in data.read(path)]
+    else:
+        known = {item.name: item for item in items}
+        known |= {item.path.as_posix(): item for item in items}
+        table = table_of(path, PICTURE, CAPTIONS)
+        rows = [(item_of(name, path, known), said) for name, said in table.items()]
+    found, captions, empty, absent = {}, {}, 0, 0
+    for item, said in rows:
+        if item is None:
+            absent += 1
+            continue
+        some = list(filter(None, map(data.one_line, said)))
+        empty += len(said) - len(some)
+        found[item.name] = item
+        captions.setdefault(item.name, []).extend(some)
+    bare = sum(not said for said in captions.values())
+    for count, what in ((absent, "pictures are not in the set"), (empty, "captions are empty"),
+                        (bare, "pictures have no captions")):
+        if count:
+            out.notes.append(f"{path}: {count} {what}; they are left out")
+    out.items = [item for item in found.values() if captions[item.name]][:limit]
+    out.given = {item.name: captions[item.name] for item in out.items}
+    if not out.items:
+        of = " of the set" if items else ""
+        raise ValueError(f"{path}: no captions of any picture{of}; in a folder they are a .txt "
+                         "beside each picture, one a line")
+    return out
+
+
+def given_pictures(path, limit=None):
+    """Prompts with pictures that exist: of JSON {prompt: pictures}; of JSON lines, or a JSON list,
+    of rows {"prompt", "images"}; or of a folder with a folder of pictures for each prompt, which is
+    its name, or the text of a prompt.txt in it. Raises ValueError for others."""
+    table = {}
+    if os.path.isdir(path):
+        for folder in sorted(Path(path).iterdir()):
+            if folder.is_dir() and not folder.name.startswith("."):
+                says = folder / "prompt.txt"
+                prompt = " ".join(data.read_lines(says)) if says.exists() else folder.name
+                table.setdefault(prompt, []).extend(item.path for item in data.read(folder))
+    else:
+        for prompt, files in table_of(path, PROMPT, PICTURES).items():
+            some = [picture_file(file, path) for file in files]
+            table.setdefault(data.one_line(prompt), []).extend(some)
+    if not table or "" in table:
+        raise ValueError(f"{path}: expected a folder of pictures for each prompt, or JSON "
+                         "{prompt: [pictures]}, and no empty prompt")
+    out = Inputs(TEXT, [data.Item(prompt, None, [prompt]) for prompt in table][:limit])
+    out.given = {item.name: table[item.name] for item in out.items}
+    return out
+
+
+def table_of(path, keys, names):
+    """{key: list of strings} of a file of JSON {key: values}, or of rows with one of `keys` and one
+    of `names`; rows of one key are put together."""
+    table = {}
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file or folder")
+    if Path(path).suffix == ".json":
+        rows = data.load_json(path)
+    else:
+        rows = data.read_rows(path, whole=True)
+    if isinstance(rows, dict):
+        rows = [{keys[0]: key, names[0]: values} for key, values in rows.items()]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected {{{keys[0]}: {names[0]}}}, or rows of both")
+    for number, row in enumerate(rows, 1):
+        key, values = None, None
+        if isinstance(row, dict):
+            key = next((row[name] for name in keys if name in row), None)
+            values = next((row[name] for name in names if name in row), None)
+        values = [values] if isinstance(values, str) else values
+        texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+        if not isinstance(key, str | int) or not texts:
+            raise ValueError(f"{path}, row {number}: expected {keys[0]!r} and {names[0]!r}, a "
+                             f"string or a list of them, not {ascii(row)[:80]}")
+        table.setdefault(str(key), []).extend(values)
+    return table
+
+
+def item_of(name, path, known):
+    """The item of a picture that a file names: one of those known; None if it isn't."""
+    if not known:
+        return data.Item(name, picture_file(name, path))
+    return known.get(name) or known.get(picture_file(name, path).as_posix())
+
+
+def picture_file(name, path):
+    """The picture that a file at `path` names: beside it, or from here."""
+    beside = Path(path).parent / name
+    return Path(name) if os.path.exists(name) and not beside.exists() else beside
+
+
+def mark(candidates, source=None):
+    """A short mark of given candidates and the picture they are of, if any: another one where a
+    caption or a picture is."""
+    seen = []
+    for candidate in [*candidates, source]:
+        seen.append(str(candidate))
+        if isinstance(candidate, Path) and candidate.exists():
+            seen += candidate.stat().st_size, candidate.stat().st_mtime_ns
+    return hashlib.sha1(json.dumps(seen).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------- whether a toy knows it
+def strange(found):
+    """What of the inputs the miniature does not know, as words: pictures that are not of its set,
+    and captions with words that none of its own have. "" where it knows all."""
+    home = data.SETS["miniature"]
+    files = [item.path for item in found.items if item.path]
+    texts = [item.captions[0] for item in found.items if not item.path]
+    for candidates in found.given.values():
+        texts += [x for x in candidates if isinstance(x, str)]
+        files += [x for x in candidates if isinstance(x, Path)]
+    pictures = [file for file in files if home not in Path(file).resolve().parents]
+    words = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    words = [word for word in words if word not in VOCABULARY]
+    said = []
+    if pictures:
+        said.append(f"{len(pictures)} of {len(files)} pictures ({pictures[0]})")
+    if words:
+        said.append(f"{len(words)} words ({', '.join(words[:5])})")
+    return " and ".join(said)
+
+
+def toys(captioner, generator, found, line):
+    """(what to say of the miniature beside any result, what to warn of): "" where it isn't used,
+    and where it knows what it was given. line: the arguments that were typed."""
+    small = [kind for kind, name in (("captioner", captioner), ("generator", generator))
+             if name == "miniature"]
+    if not small:
+        return "", ""
+    who = " and ".join(small)
+    unknown = strange(found)
+    real = ["python", "rerank.py", *line, "--captioner", "vitb", "--generator", "sd14"]
+    if "--out" in line:                          # its own folder
+        real[line.index("--out") + 3] += "-real"
+    warning = (f"TOY MODELS: the {who} of the miniature know small drawn shapes in "
+               f"{len(VOCABULARY)} words, and do not know {unknown}: what comes of it means "
+               f"nothing. Real models: {shlex.join(real)}")
+    note = f"Toy models here: the {who}, of a small drawn world (miniature/README.md)."
+    return note, warning if unknown else ""

@@ -1,0 +1,308 @@
+"""What comes out of a run: candidates.csv, winners/, preference pairs, best.json, sheet and page,
+and what the choice is worth.
+
+    write_table(ordered, "both", Path("out/rerank/candidates.csv"))
+    write_winners(ordered, "both", Path("out/rerank"))
+    datasets.load_dataset("imagefolder", data_dir="out/rerank/winners")       # image, text
+
+ordered: {item: its rows of candidates.jsonl, best first}. Copy this file with best_of_n.py,
+page.py, metrics.py and data.py.
+"""
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import data
+import metrics
+import page
+from best_of_n import IMAGE, best_first, score_of, tied, with_reason
+
+PRINTED = 6                                      # items whose candidates are printed
+# words that datasets takes, in the small letters of a file's name, for the split the file is in
+SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?)(?![^\W\d_])"
+
+
+# ---------------------------------------------------------------- for a spreadsheet
+def write_table(ordered, by, path):
+    """candidates.csv: a line a candidate, best first; `tie`: as good as the best, within the error.
+
+    In UTF-8 with its mark, which spreadsheets need. They take a cell that begins with = + - @ for a
+    formula: such a text gets a ' before it; a number does not.
+    """
+    names = ("item", "input", "caption", "picture")
+    columns = ["rank", "tie", *names, *score_names(ordered), f"error of {by}", f"gap of {by}"]
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\r\n")
+    table.writeheader()
+    for rows in ordered.values():
+        ties = tied(rows, by)
+        for place, row in enumerate(rows, 1):
+            cells = {name: plain(row[name] or "") for name in names} | row["scores"]
+            cells["rank"] = place
+            cells["tie"] = "tie" if place in ties else ""
+            cells[f"error of {by}"] = row.get("errors", {}).get(by)
+            cells[f"gap of {by}"] = row.get("gaps", {}).get(by)
+            table.writerow(cells)
+    data.write_text(path, "\ufeff" + text.getvalue())
+
+
+def score_names(groups):
+    """The names of all scores of some rows, in their order."""
+    names = {}
+    for rows in groups.values():
+        names |= dict.fromkeys(rows[0]["scores"])
+    return list(names)
+
+
+def plain(text):
+    """A text that no spreadsheet takes for a formula."""
+    return "'" + text if text.startswith(tuple("=+-@\t\r")) else text
+
+
+# ---------------------------------------------------------------- the winners, by readable names
+def write_winners(ordered, by, out):
+    """winners/: a picture each item, its caption as a .txt beside it, and metadata.jsonl, which
+    `datasets` reads as an imagefolder. A described picture keeps its name, one of a sentence is
+    named after it. Returns a line on how many there are, what is left out, and what of an earlier
+    ranking is overwritten."""
+    folder = out / "winners"
+    before = {Path(row["file_name"]).name for row in data.read_rows(folder / "metadata.jsonl")}
+    used, written, changed, without = set(), [], 0, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for best, *_ in ordered.values():
+        source, text = best["picture"] and out / best["picture"], best["input"]
+        if best["direction"] == IMAGE:
+            source, text = Path(best["input"]), best["caption"]
+        if best["scores"].get(by) is None or not source.exists():
+            without += 1
+            continue
+        stem = free_name(source.stem if best["direction"] == IMAGE else text, used)
+        name = stem + source.suffix.lower()
+        shutil.copyfile(source, folder / name)
+        beside = folder / f"{stem}.txt"
+        if name in before and beside.exists():
+            old = beside.read_text(encoding="utf-8", errors="replace")
+            changed += old != text + "\n"
+        data.write_text(beside, text + "\n")
+        written.append({"file_name": name, "text": text})
+    gone = before - {row["file_name"] for row in written}
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).with_suffix(".txt").unlink(missing_ok=True)
+    data.write_rows(folder / "metadata.jsonl", written)
+    line = f"{len(written)} winners are in {folder}"
+    if without:
+        line += f"; {without} items have none"
+    if changed or gone:
+        line += (f"; of those that were there, {changed} had another caption, and {len(gone)} are "
+                 "removed")
+    return line
+
+
+def free_name(text, used):
+    """A file's name without its ending, readable and not in `used`, which it then is."""
+    name = re.sub(r"[\s/\\:*?\"<>|\x00-\x1f]+", "-", text)[:60].strip("-. ") or "winner"
+    name = re.sub(SPLITS, lambda word: word[0].capitalize(), name)
+    free, number = name, 1
+    while free.casefold() in used:               # also where capitals are no difference
+        number += 1
+        free = f"{name}-{number}"
+    used.add(free.casefold())
+    return free
+
+
+# ---------------------------------------------------------------- pairs of preferences
+def write_pairs(kind, groups, by, margin, folder):
+    """Writes preference pairs into `folder` and returns the line to say about them. A pair is every
+    two different candidates of an item whose scores `by` lie more than `margin` apart; nearer ones
+    are ties. The order of candidates changes nothing. groups: {item: rows of candidates.jsonl}.
+
+    trl: pairs.jsonl, rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them for
+    vision-language models. diffusion: pairs.parquet, columns caption, jpg_0, jpg_1 (encoded
+    pictures), label_0, label_1, as Diffusion-DPO reads Pick-a-Pic.
+    """
+    direction = next(iter(groups.values()))[0]["direction"]
+    if (kind == "trl") != (direction == IMAGE):
+        raise ValueError(f"--pairs {kind}: trl compares captions of a picture, diffusion pictures "
+                         "of a sentence")
+    content = "caption" if kind == "trl" else "picture"
+    rows, ties, equal, without = [], 0, 0, 0
+    for candidates in groups.values():
+        scored = [row for row in candidates if row["scores"].get(by) is not None]
+        without += len(candidates) - len(scored)
+        different = {row[content]: row for row in reversed(scored)}
+        equal += len(scored) - len(different)
+        order = best_first([different[key] for key in sorted(different)], by)
+        for better, worse in itertools.combinations(order, 2):
+            gap = better["scores"][by] - worse["scores"][by]
+            if gap <= margin:
+                ties += 1
+                continue
+            pair = trl_pair(better, worse) if kind == "trl" else dpo_pair(better, worse, folder)
+            rows.append(pair | {"margin": gap})
+    path = folder / ("pairs.jsonl" if kind == "trl" else "pairs.parquet")
+    if kind == "trl":
+        data.write_rows(path, rows)
+    elif rows:
+        write_parquet(path, rows)
+    line = (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {margin:g} "
+            f"apart) left out, {equal} candidates equal to another one")
+    return f"{line}, {without} without a score" if without else line
+
+
+def trl_pair(better, worse):
+    question = [{"type": "image"}, {"type": "text", "text": "Describe this picture."}]
+    answers = []
+    for row in (better, worse):
+        content = [{"type": "text", "text": row["caption"]}]
+        answers.append([{"role": "assistant", "content": content}])
+    return {"images": [str(Path(better["input"]).resolve())],
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": answers[0], "rejected": answers[1]}
+
+
+def dpo_pair(better, worse, folder):
+    first, second = ((folder / row["picture"]).read_bytes() for row in (better, worse))
+    return {"caption": better["input"], "jpg_0": first, "jpg_1": second, "label_0": 1.0,
+            "label_1": 0.0}
+
+
+def write_parquet(path, rows):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as e:
+        raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+# ---------------------------------------------------------------- what a person sees
+def show(found, ordered, by, note, warning, undrawn, out):
+    """Writes all files of the ranked groups, {item: rows, best first}; prints the candidates of the
+    first items, and how many winners there are. found: of inputs.py; note, warning, undrawn: as of
+    page.py."""
+    picture = found.direction == IMAGE
+    shown, best = [], {}
+    for item in found.items:
+        if item.name in ordered:
+            rows = with_reason(ordered[item.name], by)
+            shown.append((item.name, item.path, "" if picture else item.captions[0], rows))
+            best[item.name] = {"caption": rows[0]["caption"], "picture": rows[0]["picture"],
+                               "by": by, "score": rows[0]["scores"].get(by),
+                               "why": rows[0]["why"]}
+    best = {name: row for name, row in best.items() if row["score"] is not None}
+    say_if_other(out / "best.json", by)
+    data.write_text(out / "best.json", json.dumps(best, indent=2, ensure_ascii=False) + "\n")
+    write_table(ordered, by, out / "candidates.csv")
+    more = {"warning": warning, "undrawn": undrawn}
+    page.sheet(shown, by, out / "sheet.png", **more)
+    page.index(shown, by, found.direction, note, out / "index.html", **more)
+    for name, _, text, rows in shown[:PRINTED]:
+        print(f"\n{text or name}: {rows[0]['why']}")
+        for place, row in enumerate(rows, 1):
+            names = (by, *page.PARTS.get(by, ()))
+            scores = [f"{name} {score_of(row, name):8.4f}" for name in names]
+            print(f"  {place:2d}  {'  '.join(scores)}  {row['caption']}")
+            for word, value, error in row.get("words", ()):
+                print(f"        {word:12s} {value:+.4f} +- {error:.4f}")
+    if len(shown) > PRINTED:
+        print(f"\n... and {len(shown) - PRINTED} more")
+    print(f"\n{write_winners(ordered, by, out)}")
+    if picture:
+        show_worth(ordered, found.items, by, found.whole)
+    if warning:
+        print(warning)
+
+
+def say_if_other(path, by):
+    """Where best.json is of an earlier ranking by another score, says so."""
+    rows = data.load_json(path).values() if path.exists() else []
+    before = next(iter(rows), {}).get("by", by)
+    if before != by:
+        print(f"ranked by {by}, before by {before}: best.json, candidates.csv, sheet, page and "
+              f"winners of {path.parent} are written anew")
+
+
+def show_worth(groups, items, by, whole=()):
+    """Of captions with references, prints 100 x CIDEr of a random one, of the one that each score
+    chooses, of the best; and whether what `by` gains is more than chance. whole: the items of the
+    set, whose captions weigh n-grams, as in evaluate.py; default those of `items`."""
+    references = {item.name: item.captions for item in items if len(item.captions) > 1}
+    groups = {name: groups[name] for name in references if name in groups}
+    if len(groups) == 1:
+        print("CIDEr of one picture is 0 by its definition: two or more show what the choice is "
+              "worth")
+    if len(groups) < 2:
+        return
+    most = max(map(len, groups.values()))
+    captions, scores = [], {}
+    for rows in groups.values():
+        fill = most - len(rows)                  # an item may have fewer than others
+        said = [row["caption"] for row in rows]
+        captions.append(said + said[:1] * fill)
+        for name in rows[0]["scores"]:
+            values = [score_of(row, name) for row in rows]
+            scores.setdefault(name, []).append(values + [-np.inf] * fill)
+    # a judge that was absent for a while has scored some items only
+    scores = {name: values for name, values in scores.items() if len(values) == len(groups)}
+    df = metrics.document_frequency([x.captions for x in whole or items if x.captions])
+    quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
+    for values, rows in zip(quality, groups.values()):
+        n = len(rows)
+        values[n:] = values[:n].mean()           # neither mean, nor oracle, nor choice moves
+    for name, ranking in scores.items():
+        found = metrics.choices(quality, ranking)
+        low, high = found["interval"]
+        print(f"CIDEr of {len(groups)} items by {name:11s} mean {found['mean']:6.1f}   chosen "
+              f"{found['chosen']:6.1f}   oracle {found['oracle']:6.1f}   gain "
+              f"{found['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
+        if name == by:
+            verdict = "the choice helps" if low > 0 else "the choice harms"
+            if low <= 0 <= high:
+                verdict = f"{len(groups)} items do not tell whether the choice helps"
+    if by in scores:
+        print(f"By {by}: {verdict} (95 % interval of the gain over a random candidate)")
+
+
+def counted(groups):
+    """How many candidates the items have, as words."""
+    counts = sorted({len(rows) for rows in groups.values()})
+    return f"N = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+
+
+def some(names):
+    """The first five of different names."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def odd(groups, given, by, generator, absent):
+    """Lines on what of the ranked rows is not as it should be. absent: what is said of a winner
+    that could have been drawn, and is not."""
+    rows = list(itertools.chain(*groups.values()))
+    cut = sum(row.get("cut", False) for row in rows)
+    if cut:
+        yield (f"{cut} of {len(rows)} captions are longer than the text encoder of {generator} "
+               "reads: they were drawn and scored without their ends (`cut` in candidates.jsonl)")
+    lost = [row["item"] for row in rows if row.get("nan")]
+    if lost:
+        yield (f"{len(lost)} pictures came out as no numbers and are neither kept nor scored (of "
+               f"{some(lost)}); --dtype float32 may help")
+    without = [row["item"] for row in rows if row["scores"].get(by) is None and "nan" not in row]
+    if without:
+        yield f"{len(without)} candidates have no score by {by} and can't win (of {some(without)})"
+    unread = 0
+    for name in given.keys() & groups.keys():
+        unread += len(given[name]) - len(groups[name])
+    if unread:
+        yield f"{unread} of the given pictures could not be read: they are not ranked"
+    best = [first for first, *_ in groups.values()]
+    undrawn = [row for row in best if not row["picture"] and not row.get("nan")]
+    if absent and undrawn:
+        yield f"{len(undrawn)} winners are {absent}"
