@@ -6,7 +6,7 @@
 
 Forms: COCO's results and annotations, NoCaps, Karpathy's and BLIP's files, {image: caption or
 captions}. Items are data.Items: captions (the references), path (of the picture), domain. Copy this
-file with data.py.
+file with data.py, pictures.py and records.py.
 """
 import re
 from collections import Counter
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import data
+import records
+from records import the
 
 
 # ---------------------------------------------------------------- which image
@@ -48,41 +50,54 @@ class Captions:
 def captions_in(path):
     """The Captions of COCO's results or annotations, NoCaps, Karpathy's and BLIP's files, {image:
     caption or captions}. Raises ValueError for others."""
-    found = data.load_json(path)
-    out, where = Captions(), ""
-    listed = ()                                                      # COCO's `images`
-    try:
-        if isinstance(found, list):                                  # COCO's results, BLIP's rows
-            images = [x.get("image") or x["image_id"] for x in found]
-            captions = [x["caption"] for x in found]
-        elif "annotations" in found:                                 # COCO, NoCaps
-            images = [x["image_id"] for x in found["annotations"]]
-            captions = [x["caption"] for x in found["annotations"]]
-            listed = found.get("images", ())
-        elif "images" in found:                                      # Karpathy's
-            images = [x["cocoid"] if "cocoid" in x else x["imgid"] for x in found["images"]]
-            captions = [x["sentences"] for x in found["images"]]
-            listed = [{"id": image, "file_name": x.get("filename")}
-                      for image, x in zip(images, found["images"])]
-        else:
-            images, captions = found.keys(), found.values()
-        for image, name, some in zip(keys(images, path), images, captions):
-            where = f", image {name}"
-            some = [some] if isinstance(some, str) else some
-            texts = [c if isinstance(c, str) else c["raw"] for c in some]
-            out.texts.setdefault(image, []).extend(texts)
-            out.names[image] = str(name)
-        where = ", images"
-        for row in listed:
-            if row.get("domain"):
-                out.domains[key(row["id"])] = row["domain"]
-            if row.get("file_name"):
-                out.files[key(row["id"])] = row["file_name"]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}{where}: expected [{{image_id, caption}}, ...], COCO annotations, "
-                         "Karpathy's rows, or {image: captions}") from e
+    found = records.load_json(path)
+    out = Captions()
+    rows, listed = rows_of(found, path)
+    images = keys([name for name, _, _ in rows], path)
+    for image, (name, said, where) in zip(images, rows):
+        out.texts.setdefault(image, []).extend(data.captions_of(said, where))
+        out.names[image] = str(name)
+    for number, row in enumerate(listed, 1):
+        where = f"{path}, images, row {number}"
+        image = key(the(row, "id", (int, str), where))
+        domain = the(row, "domain", (str, type(None)), where, None)
+        file = the(row, "file_name", (str, type(None)), where, None)
+        if domain:
+            out.domains[image] = domain
+        if file:
+            out.files[image] = file
     out.texts = {image: texts for image, texts in out.texts.items() if texts}
     return out
+
+
+def rows_of(found, path):
+    """([(image, its caption or captions, where that stands)], COCO's `images`) of a document."""
+    rows, listed = [], []
+    if isinstance(found, list):                                      # COCO's results, BLIP's rows
+        for number, row in enumerate(found, 1):
+            where = f"{path}, row {number}"
+            name = the(row, "image" if "image" in row else "image_id", (int, str), where)
+            rows.append((name, the(row, "caption", (str, list), where), where))
+    elif isinstance(found, dict) and "annotations" in found:         # COCO, NoCaps
+        for number, row in enumerate(the(found, "annotations", list, path), 1):
+            where = f"{path}, annotation {number}"
+            name = the(row, "image_id", (int, str), where)
+            rows.append((name, the(row, "caption", str, where), where))
+        listed = the(found, "images", list, path, [])
+    elif isinstance(found, dict) and "images" in found:              # Karpathy's
+        for number, row in enumerate(the(found, "images", list, path), 1):
+            where = f"{path}, images, row {number}"
+            name = the(row, "cocoid" if "cocoid" in row else "imgid", (int, str), where)
+            said = [the(x, "raw", str, where) for x in the(row, "sentences", list, where)]
+            rows.append((name, said, where))
+            listed.append({"id": name, "file_name": row.get("filename")})
+    elif isinstance(found, dict):
+        for name, said in found.items():
+            rows.append((name, said, f"{path}, image {name}"))
+    if not rows:
+        raise ValueError(f"{path}: expected [{{image_id, caption}}, ...], COCO annotations, "
+                         "Karpathy's rows, or {image: captions}")
+    return rows, listed
 
 
 def results_in(path):

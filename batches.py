@@ -9,8 +9,6 @@ and of the data: neither the number of processes nor the size of a batch changes
 
 Letters: B samples; C h w a latent.
 """
-import hashlib
-import json
 import os
 import sys
 
@@ -18,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
+import records
 from cycle import chance
 from losses import Batch
 from miniature import world
+from records import digest, fingerprint
 
 DRAWN = 20_000                                   # pictures that the miniature's train and all have
 
@@ -39,10 +39,12 @@ class Samples:
             self.items = [x for x in items if x.captions or not described]
             left = len(items) - len(self.items)
             if left:
-                data.say(f"finetune.py: {left} of the {len(items)} pictures of {place}, {split}, "
-                         "have no caption and are left out")
-            names = [[x.name, x.captions] for x in self.items]
-            self.content = f"{split}: {len(names)} pictures, {digest(names)}"
+                records.say(f"finetune.py: {left} of the {len(items)} pictures of {place}, "
+                            f"{split}, have no caption and are left out")
+            # names, captions and the pictures themselves, of many by a few of them
+            some = self.items[::max(1, len(self.items) // 64)]
+            seen = [data.content_of(self.items), *(fingerprint(x.path) for x in some)]
+            self.content = f"{split}: {len(self.items)} pictures, {digest(seen)}"
         self.name = f"{place}/{self.content}"
         if len(self) == 0:
             raise ValueError(f"{place} has no captions in its {split} split")
@@ -93,14 +95,9 @@ def held_out(place, count, trained):
         if not held.items:
             raise ValueError(f"all of {place}, val, is trained on")
     except ValueError as e:
-        data.say(f"finetune.py: nothing is held out: {e}")
+        records.say(f"finetune.py: nothing is held out: {e}")
         return None
     return held
-
-
-def digest(value):
-    """A short name of anything that JSON can write."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def latents(generator, image, path=None):

@@ -20,6 +20,8 @@ from tqdm import tqdm
 import cycle
 import data
 import losses
+import records
+from records import the
 
 IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
 RANKS = {IMAGE: "denoise", TEXT: "both"}         # what ranks by RESULTS.md, of scorer `both`
@@ -215,9 +217,9 @@ def put_picture(row, picture):
 
 
 # ---------------------------------------------------------------- kept in a file
-def keep(item, rows, direction, seed, generator, out, given=None):
-    """Appends an item's lines to candidates.jsonl, once its pictures are saved. given: the mark of
-    its candidates, where they existed; their pictures are then files."""
+def keep(item, rows, direction, seed, generator, out, mark=None, given=False):
+    """Appends an item's lines to candidates.jsonl, once its pictures are saved. mark: of its
+    inputs.Source; given: whether its candidates existed; their pictures are then files."""
     prefix = None if direction == IMAGE else "sentence"
     source = str(item.path) if direction == IMAGE else item.captions[0]
     cut = [False] * len(rows)
@@ -229,11 +231,11 @@ def keep(item, rows, direction, seed, generator, out, given=None):
         if isinstance(row["picture"], torch.Tensor):
             save_picture(row, data.picture_name(item.name, j, prefix), out)
         line = {"item": item.name, "direction": direction, "candidate": j, "of": len(rows),
-                "input": source, "seed": seed, "cut": cut[j], **row}
+                "input": source, "seed": seed, "cut": cut[j], "mark": mark, **row}
         if given:
-            line["given"] = given
+            line["given"] = True
         lines.append(line)
-    data.append_rows(out / "candidates.jsonl", lines)
+    records.append_rows(out / "candidates.jsonl", lines)
 
 
 def save_picture(row, name, out):
@@ -251,21 +253,63 @@ def draw_later(rows, generator, seed, draw, out):
             save_picture(row, data.picture_name(row["item"], row["candidate"]), out)
 
 
-def finished(out, n, marks=None):
+def finished(out, n, sources=None):
     """{item: its rows} of candidates.jsonl, as many as each line says (`of`; else n). An item that
-    a kill left with fewer is done again, as is one whose given candidates are others now (marks:
-    {item: mark})."""
+    a kill left with fewer is done again, as is one that is another now (sources: {item: its
+    inputs.Source}), or whose picture is gone. Raises ValueError for rows that no run has written,
+    and for those of another item of this name."""
+    path = out / "candidates.jsonl"
     found = {}
-    for row in data.read_rows(out / "candidates.jsonl"):
+    for number, row in enumerate(records.read_rows(path), 1):
+        check_row(row, out, f"{path}, line {number}")
         if row["candidate"] == 0:                # an item's lines are written at once, in order
             found[row["item"]] = []
-        found.setdefault(row["item"], []).append(row)
+        rows = found.setdefault(row["item"], [])
+        if row["candidate"] != len(rows):
+            raise ValueError(f"{path}, line {number}: candidate {row['candidate']} of "
+                             f"{row['item']!r} comes as number {len(rows)}")
+        rows.append(row)
     done = {}
     for item, rows in found.items():
-        mark = (marks or {}).get(item, rows[0].get("given"))
-        if len(rows) == rows[0].get("of", n) and mark == rows[0].get("given"):
+        whole = len(rows) == rows[0].get("of", n)
+        there = all(row["picture"] is None or (out / row["picture"]).exists() for row in rows)
+        if whole and there and made_of(rows, (sources or {}).get(item), path):
             done[item] = rows
     return done
+
+
+def made_of(rows, source, path):
+    """Whether an item's rows are of what it is now, its inputs.Source; None is anything."""
+    if source is None:
+        return True
+    foreign = [row["picture"] for row in rows
+               if row.get("given") and row["direction"] == TEXT
+               and row["picture"] not in (None, *source.pictures)]
+    if rows[0]["input"] != source.input or foreign:
+        other = [rows[0]["input"], *foreign]
+        raise ValueError(f"{path}: {rows[0]['item']!r} is of {other[-1]!r}, not of "
+                         f"{source.input!r}: choose another --out")
+    return rows[0].get("mark") == source.mark
+
+
+def check_row(row, out, where):
+    """Raises ValueError for a line of candidates.jsonl that no run has written: somebody else may
+    have, and what it names is read, shown and copied."""
+    for name in ("item", "caption", "input"):
+        the(row, name, str, where)
+    the(row, "candidate", int, where)
+    if the(row, "direction", str, where) not in RANKS:
+        raise ValueError(f"{where}: its direction is none of {', '.join(RANKS)}")
+    picture = the(row, "picture", (str, type(None)), where)
+    if picture and not (row.get("given") and row["direction"] == TEXT):       # see made_of
+        data.inside(out / picture, out, where)
+    for kind in ("scores", "errors", "gaps"):
+        for name in the(row, kind, dict, where, {}):
+            the(row[kind], name, (int, float, type(None)), where)
+            if not name.isidentifier():
+                raise ValueError(f"{where}: {name!r} is no score")
+    if not row.get("scores"):
+        raise ValueError(f"{where}: it has no scores")
 
 
 # ---------------------------------------------------------------- ranks
@@ -355,8 +399,16 @@ def with_reason(rows, by):
 def recall_words(rows, out):
     """Puts `words` into the rows for which words.jsonl has them; returns the others."""
     known = {}
-    for row in data.read_rows(out / "words.jsonl"):
-        known[row["item"], row["caption"], row["picture"]] = row["words"]
+    path = out / "words.jsonl"
+    for number, row in enumerate(records.read_rows(path), 1):
+        where = f"{path}, line {number}"
+        picture = the(row, "picture", (str, type(None)), where)
+        for word in the(row, "words", list, where):
+            kinds = [type(part) for part in word] if isinstance(word, list) else []
+            if len(kinds) != 3 or kinds[0] is not str or not {*kinds[1:]} <= {int, float}:
+                raise ValueError(f"{where}: expected words [word, number, number]")
+        place = the(row, "item", str, where), the(row, "caption", str, where), picture
+        known[place] = row["words"]
     for row in rows:
         row["words"] = known.get((row["item"], row["caption"], row["picture"]))
     return [row for row in rows if row["words"] is None]
@@ -377,4 +429,4 @@ def explain(rows, generator, draws, seed, batch, out):
         words = losses.words(generator, image, text, timesteps, noise, batch)
         row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
         kept = {name: row[name] for name in ("item", "caption", "picture", "words")}
-        data.append_rows(out / "words.jsonl", [kept])
+        records.append_rows(out / "words.jsonl", [kept])

@@ -19,8 +19,6 @@ prints which pieces each slot of the prompt is tied to, and what the paper's mat
 Letters: B captions; L positions of the captioner, T slots of the text encoder; V, U words of the
 captioner and the generator; H, D widths of captioner and text encoder; N = B L; C of V at once.
 """
-import argparse
-import sys
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -392,9 +390,7 @@ def show_alignment(sentence, source, target):
     return lines
 
 
-def flags(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags(cli, argv=None):
     cli.add_argument("sentence", nargs="?", default=SENTENCE, help="what to show")
     cli.add_argument("--source", default=HERE / "miniature/blip", help="the captioner's")
     cli.add_argument("--target", default=HERE / "miniature/sd/tokenizer", help="the generator's")
@@ -413,8 +409,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        print(f"bridge.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    import script
+    script.run(main, lambda: flags(script.Parser(__doc__)))

@@ -5,7 +5,7 @@
 
 Images are lists of float (3, H, W) in [0, 1], captions str; tokens and normalised pixels stay
 inside. A sample is a function of (seed, item).
-Copy this file with loading.py and cycle.py's `chance`: it needs torch and transformers.
+Copy this file with loading.py, foreign.py and cycle.py's `chance`: it needs torch and transformers.
 
 Letters: B images, n candidates, L tokens, P states of the vision, D their width, V vocabulary.
 """
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import foreign
 from cycle import chance
-from loading import device_and_dtype, load_from_file, readable_errors, resolve
+from loading import device_and_dtype, readable_errors, resolve
 
 CAPTIONERS = {"miniature": Path(__file__).resolve().parent / "miniature/blip",
               "vitb": "Salesforce/blip-image-captioning-base",
@@ -54,7 +55,7 @@ class Captioner:
         dtype, and returns an object with `speak`). Raises ValueError with the remedy."""
         device, dtype = device_and_dtype(device, dtype)
         if ".py:" in str(name):
-            return load_from_file(name, device, dtype)
+            return foreign.load(name, device, dtype)
         place, options = resolve(name, CAPTIONERS, "captioner")
         local = {"local_files_only": True, "trust_remote_code": False}
         with readable_errors(name, "captioner"):

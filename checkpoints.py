@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import data
 import loading
+import records
 from captioners import CAPTIONERS, Captioner
 from generators import GENERATORS, Generator
 
@@ -109,7 +109,7 @@ def save(out, step, trained, adam, settings, content):
         with open(new, "rb+") as f:              # Windows syncs only what may be written
             os.fsync(f.fileno())
         os.replace(new, out / "checkpoint.safetensors")
-        data.write_text(out / "checkpoint.json", json.dumps(about, indent=2) + "\n")
+        records.write_json(out / "checkpoint.json", about)
     except Exception as e:
         new.unlink(missing_ok=True)
         raise ValueError(f"step {step} could not be saved in {out} ({e}); what was saved before is "
@@ -134,7 +134,7 @@ def header(out):
         kinds = [type(about[k]) for k in ("step", "data", "settings")]
         if kinds != [int, str, dict] or about["step"] < 1:
             raise ValueError("its header is not of a run")
-    except (KeyError, ValueError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path}: no checkpoint to go on from ({e})") from e
     for key, neutral in RETIRED.items():
         if about["settings"].get(key, ...) == neutral:
@@ -154,6 +154,7 @@ def restore(out, trained, adam, settings, content):
         raise ValueError(f"--resume: {out} was trained otherwise ({'; '.join(other)}): choose "
                          "another --out")
     tensors = load_file(out / "checkpoint.safetensors")
+    loading.check_numbers(tensors, f"--resume: {out}")
     for name, parameter in trained.items():
         keys = name, f"adam.exp_avg.{name}", f"adam.exp_avg_sq.{name}"
         for key in keys:
@@ -165,7 +166,9 @@ def restore(out, trained, adam, settings, content):
         step = torch.tensor(float(about["step"]))
         adam.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
     known = {key: settings[key] for key in ("captioner", "generator", "losses", "lr", "batch")}
-    data.say(f"finetune.py: {out} goes on after step {about['step']}: {typed(known)}")
+    if records.rank_and_world()[0] == 0:
+        print(f"finetune.py: {out} goes on after step {about['step']}: "
+              f"{typed(known)}")
     return about["step"]
 
 
@@ -245,6 +248,14 @@ def refuse(unsaid, out, argv):
 
 
 # ---------------------------------------------------------------- what a person looks at
+def log_rows(path):
+    """The rows of log.jsonl, of a step each. ValueError for what is none."""
+    rows = records.read_rows(path)
+    for number, row in enumerate(rows, 1):
+        records.the(row, "step", int, f"{path}, line {number}")
+    return rows
+
+
 def plot(out, names):
     """log.png: each loss of log.jsonl by step, and of the held-out samples. Without matplotlib, a
     line in its place."""
@@ -253,7 +264,7 @@ def plot(out, names):
     except ImportError:
         print("finetune.py: no log.png: pip install matplotlib")
         return
-    rows = data.read_rows(out / "log.jsonl")
+    rows = log_rows(out / "log.jsonl")
     held = [row["held"] | {"step": row["step"]} for row in rows if "held" in row]
     lines = ("trained on", rows, "-"), ("held out", held, "o-")
     figure = Figure(figsize=(3.4 * len(names), 3), layout="constrained")

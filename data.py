@@ -1,8 +1,7 @@
-"""Sets of pictures with captions, pictures of any kind, and work that is kept from run to run.
+"""Sets of pictures with captions, and pictures of any kind.
 
     for item in read("miniature", "test"):              # or of data/coco, data/nocaps, any folder
         image = open_image(item.path)                   # float (3, H, W) in [0, 1]
-    append_rows(path, rows), read_rows(path)            # JSON lines that survive a kill
 
 A set is a folder; what lies in it says what it is:
     dataset_coco.json                     Karpathy's schema: splits train (with restval), val, test
@@ -13,18 +12,15 @@ A set is a folder; what lies in it says what it is:
     python data.py coco --root data/coco                # checks what is there, and prints the
     python data.py nocaps --root data/nocaps            # commands that fetch what is not
 
-Copy this file with pictures.py: it needs torch.
+Copy this file with pictures.py and records.py: it needs torch.
 """
-import argparse
 import csv
 import functools
 import hashlib
 import io
-import json
 import mimetypes
 import os
 import shlex
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +28,18 @@ from pathlib import Path
 import torch
 
 from pictures import SUFFIXES, as_picture, pixels
+from records import (
+    LONGEST,
+    digest,
+    load_json,
+    one_line,
+    read_lines,
+    read_rows,
+    read_text,
+    say,
+    the,
+    writing,
+)
 
 SETS = {"miniature": Path(__file__).resolve().parent / "miniature/data"}
 DOMAINS = {"in": "in-domain", "near": "near-domain", "out": "out-domain"}
@@ -40,6 +48,8 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
          "dev": "val", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
 HELD = 10                                        # of a folder without PARTS, one in so many is held
+RUNS = ("candidates.jsonl", "results.json")      # what a folder of our own work holds
+LEAVE = False                                    # whether pictures may lie out of their set
 
 
 @dataclass
@@ -67,17 +77,17 @@ def read(root, split=None):
         raise ValueError(f"no data set at {root}: give --data the folder that holds it, or one of "
                          f"{', '.join(SETS)}")
     public = split or default_split(root)
-    try:
-        if public in ("nocaps", *DOMAINS):
-            items = nocaps(root, public)
-        elif (root / "dataset_coco.json").exists():
-            items = karpathy(root, public)
-        elif any(root.glob("coco_karpathy_*.json")):
-            items = blip(root, public)
-        else:
-            items = folder(root, split)
-    except (KeyError, TypeError, AttributeError, csv.Error) as e:
-        raise ValueError(f"{root}: its captions have an odd row ({type(e).__name__}: {e})") from e
+    if public in ("nocaps", *DOMAINS):
+        items = nocaps(root, public)
+    elif (root / "dataset_coco.json").exists():
+        items = karpathy(root, public)
+    elif any(root.glob("coco_karpathy_*.json")):
+        items = blip(root, public)
+    elif (root / NOCAPS).exists():
+        raise ValueError(f"{root / NOCAPS} has no split {split!r}; it has nocaps, "
+                         f"{', '.join(DOMAINS)}")
+    else:
+        items = folder(root, split)
     return named_apart(items, root)
 
 
@@ -93,19 +103,52 @@ def named_apart(items, root):
     return items
 
 
+def content_of(items):
+    """A short name of what items are: of their names, captions and files' names."""
+    return digest([[item.name, item.path and item.path.name, item.captions] for item in items])
+
+
+@functools.cache
+def real_folder(folder):
+    return os.path.realpath(folder)
+
+
+def inside(path, root, where):
+    """The path, if it stays in a folder when links are followed; else ValueError, which begins with
+    `where`, unless LEAVE allows it."""
+    here = os.getcwd()
+    real = os.path.join(real_folder(os.path.join(here, path.parent)), path.name)
+    if os.path.islink(path) or path.name == "..":
+        real = os.path.realpath(path)
+    if not (LEAVE or Path(real).is_relative_to(real_folder(os.path.join(here, root)))):
+        raise ValueError(f"{where}: {path} leads out of {root}: --anywhere allows that, if you "
+                         "trust the file")
+    return path
+
+
+def listed(path):
+    """The JSON of a set, or what fetches it."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {command(path) or 'put it there'}")
+    return load_json(path)
+
+
 def karpathy(root, split):
     """dataset_coco.json: images[].{filepath, filename, cocoid, split, sentences[].raw}; train
     includes restval."""
     path = root / "dataset_coco.json"
     wanted = ("train", "restval") if split == "train" else (split,)
     items, splits = [], set()
-    for number, row in enumerate(load_json(path)["images"], 1):
-        splits.add(row["split"])
-        if row["split"] in wanted:
-            name = str(row["cocoid"] if "cocoid" in row else row["imgid"])
-            picture = root / row.get("filepath", "") / row["filename"]
-            said = captions_of(row["sentences"], f"{path}, row {number}")
-            items.append(Item(name, picture, said))
+    for number, row in enumerate(the(listed(path), "images", list, path), 1):
+        where = f"{path}, row {number}"
+        part = the(row, "split", str, where)
+        splits.add(part)
+        if part in wanted:
+            name = the(row, "cocoid" if "cocoid" in row else "imgid", (int, str), where)
+            place = root / the(row, "filepath", str, where, "") / the(row, "filename", str, where)
+            said = [the(x, "raw", str, where) for x in the(row, "sentences", list, where)]
+            picture = inside(place, root, where)
+            items.append(Item(str(name), picture, captions_of(said, where)))
     if not items:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
     return items
@@ -115,31 +158,45 @@ def blip(root, split):
     """coco_karpathy_{split}.json: rows {image, caption}; train has a row a caption, val and test a
     list of captions."""
     path = root / f"coco_karpathy_{split}.json"
+    rows = listed(path)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a list of rows {{image, caption}}")
     items = {}
-    for number, row in enumerate(load_json(path), 1):
-        digits = Path(row["image"]).stem.rsplit("_", 1)[-1]
-        name = str(row.get("image_id", digits.lstrip("0") or "0")).removeprefix("coco_")
-        item = items.setdefault(row["image"], Item(name, root / row["image"]))
-        item.captions += captions_of(row["caption"], f"{path}, row {number}")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        file = the(row, "image", str, where)
+        digits = Path(file).stem.rsplit("_", 1)[-1]
+        name = the(row, "image_id", (int, str), where, digits.lstrip("0") or "0")
+        if file not in items:
+            picture = inside(root / file, root, where)
+            items[file] = Item(str(name).removeprefix("coco_"), picture)
+        said = captions_of(the(row, "caption", (str, list), where), where)
+        items[file].captions += said
     return list(items.values())
 
 
 def nocaps(root, split="nocaps"):
     """NoCaps' file: images[].{id, file_name, domain}, annotations[].{image_id, caption}."""
     path = root / NOCAPS
-    found = load_json(path)
-    if "annotations" not in found:
+    found = listed(path)
+    if isinstance(found, dict) and "annotations" not in found:
         raise ValueError(f"{path} lists files without captions; that of {NOCAPS} has them")
     captions = {}
-    for number, row in enumerate(found["annotations"], 1):
-        said = captions_of(row["caption"], f"{path}, annotation {number}")
-        captions.setdefault(row["image_id"], []).extend(said)
+    for number, row in enumerate(the(found, "annotations", list, path), 1):
+        where = f"{path}, annotation {number}"
+        said = captions_of(the(row, "caption", str, where), where)
+        captions.setdefault(the(row, "image_id", (int, str), where), []).extend(said)
     items = []
-    for row in found["images"]:
-        domain = row.get("domain")
+    for number, row in enumerate(the(found, "images", list, path), 1):
+        where = f"{path}, image {number}"
+        name = the(row, "id", (int, str), where)
+        if split == "nocaps":
+            domain = the(row, "domain", str, where, None)
+        else:
+            domain = the(row, "domain", str, where)
         if split == "nocaps" or domain == DOMAINS[split]:
-            said = captions.get(row["id"], [])
-            items.append(Item(str(row["id"]), root / row["file_name"], said, domain))
+            picture = inside(root / the(row, "file_name", str, where), root, where)
+            items.append(Item(str(name), picture, captions.get(name, []), domain))
     return items
 
 
@@ -148,14 +205,10 @@ def captions_of(value, where):
     {raw}. Raises ValueError, which begins with `where`, for anything else, such as null."""
     said = value if isinstance(value, list) else [value]
     said = [x.get("raw") if isinstance(x, dict) else x for x in said]
-    if not all(isinstance(x, str) for x in said):
-        raise ValueError(f"{where}: expected a caption or a list of them, not {ascii(value)[:60]}")
+    if not all(isinstance(x, str) and len(x) <= LONGEST for x in said):
+        raise ValueError(f"{where}: expected a caption or a list of them, each of at most "
+                         f"{LONGEST:,} letters, not {ascii(value)[:60]}")
     return [one_line(x) for x in said]
-
-
-def one_line(caption):
-    """Any white space becomes one space: a line break in a caption breaks line-based scorers."""
-    return " ".join(caption.split())
 
 
 # ---------------------------------------------------------------- anybody's folder
@@ -166,9 +219,14 @@ def folder(root, split=None):
     which may lie in any folder; of a picture that no row names, the lines of the .txt beside it.
     Splits: folders train, val, test. Without them val and test are one in HELD of the described
     pictures, by a hash of its name: it stays there when others come. None, all: every picture.
+    What a run of these scripts wrote is left out.
     """
     files = [path for path in sorted(root.rglob("*"))
              if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"]
+    own = set()
+    for run in {path.parent for path in files if path.name in RUNS}:
+        own |= {run / "pictures", run / "winners", run / "sheet.png", run / "figure.png"}
+    files = [path for path in files if not own.intersection((path, *path.parents))]
     known = dict.fromkeys(files)
     for path in files:
         if path.name in METADATA:
@@ -178,7 +236,8 @@ def folder(root, split=None):
         if known[path] or path.suffix.lower() in SUFFIXES:
             beside = path.with_suffix(".txt")
             said = known[path] or (read_lines(beside) if beside in known else [])
-            items.append(Item(path.relative_to(root).as_posix(), path, said))
+            name = path.relative_to(root).as_posix()
+            items.append(Item(name, inside(path, root, root), said))
         elif str(mimetypes.guess_type(path.name)[0]).startswith("image/"):
             say(f"{root}: its {path.suffix} pictures are left out; Pillow does not read them")
     if not items:
@@ -191,7 +250,10 @@ def described(path, known):
     if path.suffix == ".parquet":
         raise ValueError(f"{path} is not read here: write it as metadata.jsonl")
     if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(read_text(path)))
+        try:
+            rows = list(csv.DictReader(io.StringIO(read_text(path))))
+        except csv.Error as e:
+            raise ValueError(f"{path}: {e}") from e
     else:
         rows = read_rows(path, whole=True)
     for number, row in enumerate(rows, 1):
@@ -240,9 +302,11 @@ def open_image(path):
 def save_image(image, path):
     """Float (3, H, W) in [0, 1] -> a PNG of 8 bit, written beside and then renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    as_picture(image.permute(1, 2, 0).cpu().numpy()).save(path.with_suffix(".tmp"), "PNG")
-    os.replace(path.with_suffix(".tmp"), path)
+    beside = path.with_suffix(".tmp")
+    with writing(path, beside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        as_picture(image.permute(1, 2, 0).cpu().numpy()).save(beside, "PNG")
+        os.replace(beside, path)
 
 
 def picture_name(name, index=None, prefix=None):
@@ -251,111 +315,6 @@ def picture_name(name, index=None, prefix=None):
     stem = Path(name).stem[:40] if prefix is None else prefix
     stem += "-" + hashlib.sha1(name.encode(errors="surrogateescape")).hexdigest()[:8]
     return stem if index is None else f"{stem}-{index}"
-
-
-# ---------------------------------------------------------------- work that is kept
-def load_json(path):
-    """A JSON file, or one clear sentence."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {command(path) or 'put it there'}")
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} is no JSON that can be read ({type(e).__name__})") from e
-
-
-def read_text(path):
-    """A text file of UTF-8, with or without its mark (BOM). Raises ValueError where it is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no text in UTF-8 (byte {e.start})") from e
-
-
-def read_lines(path):
-    """The lines of a text file that say something, as `one_line`. Only a line break ends a line."""
-    return [one_line(line) for line in read_text(path).split("\n") if line.strip()]
-
-
-def read_rows(path, whole=False):
-    """The rows of a JSON-lines file, [] where there is none. The beginning of a row, which a kill
-    leaves, is forgiven, unless it is to be whole; any other line that is no row is a ValueError."""
-    path = Path(path)
-    rows = []
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if path.exists() else []
-    for number, line in enumerate(map(bytes.strip, lines), 1):
-        if not line.strip(b"\0"):                # blank, or what a loss of power left
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("expected {name: value}")
-            rows.append(row)
-        except ValueError as e:
-            inner = isinstance(e, json.JSONDecodeError) and e.pos == len(e.doc)     # an inner }
-            cut = line.startswith(b"{") and (inner or not line.endswith(b"}"))
-            if whole or not cut:
-                raise ValueError(f"{path}, line {number}: {e}") from e
-    return rows
-
-
-def append_rows(path, rows):
-    """Rows at the end of a JSON-lines file by one write: several processes may add to it, and a
-    kill cuts only the last line."""
-    new = as_lines(rows).encode(errors="backslashreplace")
-    with open(path, "ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":                   # a line was cut: begin a new one
-                new = b"\n" + new
-        file.write(new)
-
-
-def write_rows(path, rows):
-    write_text(path, as_lines(rows))
-
-
-def as_lines(rows):
-    # where they are encoded, what UTF-8 can't hold of a file's name becomes an escape of JSON
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_text(path, text):
-    """A text file (UTF-8), written beside and then renamed: there is the old one, or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_bytes(text.encode(errors="backslashreplace"))
-    os.replace(beside, path)
-
-
-def same_settings(folder, settings):
-    """Whether settings.json in a folder holds these settings, {name: str}; where there is none it
-    is written. Raises ValueError where they differ: a run goes on only as it began."""
-    path = Path(folder) / "settings.json"
-    if not path.exists():
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-        return False
-    before = load_json(path)
-    other = [f"{name} was {before.get(name, 'None')}, is {value}"
-             for name, value in settings.items() if before.get(name, "None") != value]
-    if other:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(other)}): choose "
-                         "another --out")
-    return True
-
-
-def rank_and_world():
-    """(this process's number, how many there are), as torchrun sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@functools.cache
-def say(line):
-    """A line to stderr: once, and by one process of torchrun's."""
-    if rank_and_world()[0] == 0:
-        print(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the public sets
@@ -397,12 +356,13 @@ def state(path, md5):
     return f"wrong or cut, its MD5 is {found}: if this does not mend it, delete it first"
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags(parser, argv=None):
     parser.add_argument("set", choices=FILES, help="which public set to look for")
     parser.add_argument("--root", type=Path, help="where it is; default data/ and its name")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(args):
     root = args.root or Path("data", args.set)
     todo = 0
     for address, md5 in FILES[args.set].items():
@@ -423,8 +383,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as e:
-        print(f"data.py: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    import script
+    script.run(main, lambda: flags(script.Parser(__doc__)))

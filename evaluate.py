@@ -15,10 +15,8 @@ The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
 import script  # isort: skip
 import json
-import sys
 from collections import Counter
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +30,12 @@ import judges
 import loading
 import losses
 import metrics
+import records
 import tables
 from captioners import Captioner
 from generators import Generator
+from records import the
+from script import real, whole
 
 # what each job reads beside --out and --device; the first is what asks for it
 JOBS = {
@@ -55,14 +56,18 @@ def flags(argv=None):
     p.add_argument("--ckpt", help="a checkpoint of finetune.py, or its folder")
     p.add_argument("--data", help="the set: data/coco, data/nocaps; default miniature")
     p.add_argument("--split", help="test, val; in, near, out, nocaps (the default where it is)")
-    p.add_argument("--limit", type=int, help="items of each domain; default all, miniature 100")
+    p.add_argument("--anywhere", action="store_true", help="pictures that a file names may lie out "
+                   "of its folder")
+    p.add_argument("--limit", type=whole(1),
+                   help="items of each domain; default all, miniature 100")
     p.add_argument("--only", choices=["captions", "images"], help="one of the two tables")
     p.add_argument("--ci", action="store_true", help="95 %% bootstrap intervals of every score")
     p.add_argument("--way", default="beam", help="how captions are said: beam (3), or rerank's")
-    p.add_argument("--steps", type=int, default=50, help="denoising steps a picture")
-    p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
+    p.add_argument("--steps", type=whole(1, 1000), default=50, help="denoising steps a picture")
+    p.add_argument("--guidance", type=real(0, 1000), default=7.5, help="classifier-free guidance")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
-    p.add_argument("--batch", type=int, help="items at once; default 40, or 10 of real models")
+    p.add_argument("--batch", type=whole(1, 100_000),
+                   help="items at once; default 40, or 10 of real models")
     p.add_argument("--judges", help="miniature, hub, cache (what was fetched before), none, or a "
                    "folder with clip, dino, sbert; default the models' own, of --images hub")
     p.add_argument("--glove", help="GloVe text file for WMD")
@@ -77,32 +82,30 @@ def flags(argv=None):
     p.add_argument("--images", type=Path, help="folder of the pictures of --label-free, --score, "
                    "--compare")
     p.add_argument("--captions", type=Path, help="file of captions for --label-free, as of --score")
-    p.add_argument("--draws", type=int, default=12, help="noises for each of them")
+    p.add_argument("--draws", type=whole(1, 10_000), default=12, help="noises for each of them")
     p.add_argument("--findings", type=Path, help="a rerank's folder; it knows its set and split")
     p.add_argument("--out", type=Path, help="what comes out; default out/evaluate, or a folder "
                    "named after the files of the other jobs")
     args = p.parse_args(argv)
     asked = [job for job in ("score", "compare", "labelfree", "findings") if getattr(args, job)]
     args.job = (asked or ["set"])[0]
-    for name, value in vars(args).items():
-        if name not in {*JOBS[args.job], "out", "device", "job"} and value != p.get_default(name):
+    for name in sorted(script.typed(p, args) - {*JOBS[args.job], "out", "device", "job"}):
+        if name != "anywhere":
             raise ValueError(f"--{name} does nothing with --{args.job}" if asked else
                              f"--{name} does nothing without --score, --compare or --label-free")
     if args.job in ("score", "compare") and not args.refs:
         raise ValueError(f"--{args.job} needs --refs")
     if args.job == "labelfree" and not (args.images and args.captions):
-        raise ValueError("--label-free needs --images and --captions")
+        raise ValueError("--label-free (--labelfree) needs --images and --captions")
     if args.job == "set" and not args.data and args.captioner != "miniature":
         raise ValueError(f"--captioner {args.captioner} needs --data, such as data/coco or "
                          "data/nocaps")
+    data.LEAVE = args.anywhere
     return defaults(args)
 
 
 def defaults(args):
     """The flags with what follows from others."""
-    for name in ("limit", "draws", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: it is at least 1")
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
     args.batch = args.batch or (40 if small and args.generator == "miniature" else 10)
@@ -131,27 +134,37 @@ def folder_of(job, captions, pair, rerank):
 
 # ---------------------------------------------------------------- the work that is kept
 def items_of(root, split=None, limit=None):
-    """The items of a split that have captions, at most `limit` of each domain."""
+    """(the items of a split that have captions, at most `limit` of each domain; a short name of
+    the whole split)."""
     split = split or data.default_split(root)
     seen, out = Counter(), []
-    for item in data.read(root, split):
+    whole = data.read(root, split)
+    for item in whole:
         seen[item.domain] += 1
         if item.captions and (limit is None or seen[item.domain] <= limit):
             out.append(item)
     if not out:
         raise ValueError(f"{root} has no captions in split {split}: there is nothing to compare")
-    return out
+    return out, data.content_of(whole)
 
 
 def kept(out, direction):
     """{item: row} of the work in a folder, of all processes."""
-    files = sorted(out.glob(f"{direction}-*.jsonl"))
-    return {row["item"]: row for row in chain(*map(data.read_rows, files))}
+    found = {}
+    for path in sorted(out.glob(f"{direction}-*.jsonl")):
+        for number, row in enumerate(records.read_rows(path), 1):
+            where = f"{path}, line {number}"
+            if direction == "captions":
+                the(row, "caption", str, where)
+            elif the(row, "picture", (str, type(None)), where):
+                data.inside(out / row["picture"], out, where)
+            found[the(row, "item", str, where)] = row
+    return found
 
 
 def share(items, out, direction):
     """This process's share of the items that are not done yet."""
-    rank, world = data.rank_and_world()
+    rank, world = records.rank_and_world()
     done = kept(out, direction)
     return [x for x in items[rank::world] if x.name not in done]
 
@@ -159,7 +172,7 @@ def share(items, out, direction):
 def batches(items, size, what):
     """The items, `size` at a time, with a bar (of the first process)."""
     slices = [items[i:i + size] for i in range(0, len(items), size)]
-    return tqdm(slices, what, disable=data.rank_and_world()[0] > 0)
+    return tqdm(slices, what, disable=records.rank_and_world()[0] > 0)
 
 
 def readable(items):
@@ -170,7 +183,7 @@ def readable(items):
             images.append(data.open_image(item.path))
             found.append(item)
         except ValueError as e:
-            print(f"evaluate.py: skipped {e}", file=sys.stderr)
+            script.say(f"skipped {e}")
     return found, images
 
 
@@ -181,7 +194,7 @@ def say(items, path, captioner, way, seed, batch):
         names = [x.name for x in found]
         if names:
             said = captioner.speak(images, 1, way, seed, names)[0]
-            data.append_rows(path, [{"item": n, "caption": c[0]} for n, c in zip(names, said)])
+            records.append_rows(path, [{"item": n, "caption": c[0]} for n, c in zip(names, said)])
 
 
 def draw(items, path, generator, steps, guidance, seed, batch):
@@ -202,16 +215,14 @@ def draw(items, path, generator, steps, guidance, seed, batch):
             else:
                 file = None
             rows.append({"item": name, "cut": long, "picture": file})
-        data.append_rows(path, rows)
+        records.append_rows(path, rows)
 
 
 def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
     """Says and draws what is not done yet, each process its share. speakers: captioner and
     generator by name, None where their table is not asked for; saying, drawing: more arguments of
     `say` and `draw`."""
-    rank, world = data.rank_and_world()
-    if world > 1:                                              # the others wait for the slowest
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    rank, world = records.rank_and_world()
     unsaid = share(items, out, "captions") if speakers[0] else []
     undrawn = share(items, out, "images") if speakers[1] else []
     captioner = generator = None                               # both are there before the work
@@ -222,7 +233,8 @@ def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
     if ckpt:
         loading.load_trained(ckpt, captioner, generator)
     loading.record_revisions(out)
-    data.same_settings(out, settings)
+    if rank == 0:
+        records.same_settings(out, settings)
     if unsaid:
         say(unsaid, out / f"captions-{rank}.jsonl", captioner, **saying)
     if undrawn:
@@ -249,7 +261,8 @@ def table_4(items, out, place, device, notes, inception, ci):
     """{"images": rows} of what was drawn for the items."""
     rows = kept(out, "images")
     some = [x for x in items if rows.get(x.name, {}).get("picture")]
-    lost = [x.name for x in items if x not in some]
+    known = {x.name for x in some}
+    lost = [x.name for x in items if x.name not in known]
     if lost:
         notes.append(f"{len(lost)} of {len(items)} pictures came out as no numbers and are left "
                      f"out (try --dtype float32): {', '.join(lost)}")
@@ -312,42 +325,34 @@ def label_free(items, captions, generator, draws, seed, batch, notes):
     return {"label_free": found}
 
 
-# ---------------------------------------------------------------- Tables 1 and 2, Figures 3 and 4
-def made_of(folder, root, split, place):
-    """(set, split, judges) of a rerank's folder, by its settings.json; ValueError where root or
-    split, as given, are others, or where it was made of no set."""
-    if not (folder / "candidates.jsonl").exists():
-        raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
-                         "first, with --data")
-    settings = data.load_json(folder / "settings.json")
-    name = settings.get("data")
-    part = settings.get("split")
-    if name in (None, "None"):
-        raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
-                         "have no references")
-    if root and Path(root).name != Path(name).name:
-        raise ValueError(f"{folder} was made of {name}, not of --data {root}")
-    if split and split != part:
-        raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
-    return root or name, None if part == "None" else part, place or settings.get("judges", "none")
-
-
 # ---------------------------------------------------------------- what comes of it
+def check_results(out):
+    """Refuses a folder whose results.json or table.txt is nobody's of this script."""
+    path = out / "results.json"
+    ours = False
+    if path.exists():
+        found = records.load_json(path)
+        ours = isinstance(found, dict) and {"notes", "settings"} <= found.keys()
+    here = [name for name in ("results.json", "table.txt") if (out / name).exists()]
+    if here and not ours:
+        raise ValueError(f"{out / here[0]} is of no run of this script: choose another --out")
+
+
 def write(results, out):
     """results.json and table.txt, and the table to the terminal."""
     path = out / "results.json"
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     if path.exists():
-        before = data.load_json(path)
+        before = records.load_json(path)
         if any(before.get(name) != plain[name] for name in plain.keys() - {"notes"}):
             plain["notes"].append(f"{path} held other results: replaced")
-    data.write_text(path, json.dumps(plain, indent=1) + "\n")
+    records.write_json(path, plain)
     text = tables.report(results)
-    data.write_text(out / "table.txt", text + "\n")
+    records.write_text(out / "table.txt", text + "\n")
     print(text)
     for note in dict.fromkeys(plain["notes"]):
-        print(f"evaluate.py: {note}", file=sys.stderr)
+        script.say(note)
     print(f"evaluate.py: the same numbers with their settings are in {path}")
 
 
@@ -355,11 +360,21 @@ def main(args):
     loading.tune_process(args.captioner, args.generator)
     device, _ = loading.device_and_dtype(args.device)
     if args.job == "findings":
-        args.data, args.split, args.judges = made_of(
+        args.data, args.split, args.judges = tables.made_of(
             args.findings, args.data, args.split, args.judges)
     binds = {name: str(getattr(args, name)) for name in JOBS[args.job] if name not in FREE}
-    if args.job == "set" and (args.out / "settings.json").exists():
-        data.same_settings(args.out, binds)
+    if args.job == "set":
+        items, binds["content"] = items_of(args.data, args.split, args.limit)
+        for name in ("captioner", "generator", "ckpt"):
+            binds[name] = records.marked(getattr(args, name))
+    process, processes = records.rank_and_world()
+    if process == 0:
+        if args.job == "set":
+            records.same_settings(args.out, binds, write=False)
+        check_results(args.out)
+        records.claim(args.out)
+    if processes > 1 and args.job == "set":
+        dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
     notes = []
     with_notes = args.judges, device, notes
     if args.job == "score":
@@ -382,7 +397,6 @@ def main(args):
         except ImportError:
             notes.append("no figure.png: pip install matplotlib")
     else:
-        items = items_of(args.data, args.split, args.limit)
         if args.inception and args.only != "captions":
             judges.inception_weights(args.inception)           # now, not after the work
         speakers = (args.captioner if args.only != "images" else None,
@@ -391,7 +405,7 @@ def main(args):
         drawing = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed,
                    "batch": args.batch}
         work(items, args.out, speakers, args.ckpt, args.device, args.dtype, binds, saying, drawing)
-        if data.rank_and_world()[0] > 0:
+        if process > 0:
             return 0
         results = {}
         if args.only != "images":
@@ -399,7 +413,7 @@ def main(args):
         if args.only != "captions":
             results |= table_4(items, args.out, *with_notes, args.inception, args.ci)
     if args.job == "set":                        # the only one that keeps work
-        data.same_settings(args.out, binds)
+        records.same_settings(args.out, binds)
     settings = {name: getattr(args, name) for name in JOBS[args.job]}
     results |= {"notes": notes, "settings": settings, "revisions": loading.REVISIONS}
     write(results, args.out)

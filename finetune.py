@@ -31,20 +31,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:                                            # Windows
-    resource = None
-
 import bridge
 import checkpoints
-import data
 import loading
 import losses
+import records
 from batches import Samples, collate, digest, held_out, open_samples
 from captioners import Captioner
 from cycle import chance
 from generators import Generator, tiny_decoder
+from script import real, whole
 
 LOSSES = losses.NAMES
 SIDES = checkpoints.SIDES
@@ -59,29 +55,32 @@ def parser():
     cli.add_argument("--split", default="train", help="of --data; all: nothing is held out")
     cli.add_argument("--own", help="pictures without captions for ir: a folder, a split of --data")
     cli.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="Table 5")
-    cli.add_argument("--weights", nargs="+", type=float, help="one for each of --losses; default 1")
+    cli.add_argument("--weights", nargs="+", type=real(0), help="one each of --losses; default 1")
     cli.add_argument("--unfreeze", nargs=2, default=["q", "q"], choices=["q", "kv", "qkv", "none"],
                      metavar=("CAPTIONER", "GENERATOR"), help="projections of cross-attention")
-    cli.add_argument("--side", type=int, help="pixels a side that BLIP-2 sees; default 384")
+    cli.add_argument("--side", type=whole(1, 4096), help="pixels a side, of BLIP-2; default 384")
     cli.add_argument("--bridge", default="anchored", choices=list(bridge.KINDS), help="or plain")
-    cli.add_argument("--lr", type=float, nargs="+", default=[1e-4],
+    cli.add_argument("--lr", type=real(0), nargs="+", default=[1e-4],
                      help="learning rate, default 1e-4 (the paper's); a second: the generator's")
-    cli.add_argument("--batch", type=int, default=8, help="samples a step, of all processes")
-    cli.add_argument("--micro", type=int, help="samples at once: memory, not the result; blip2 4")
-    cli.add_argument("--chunk", type=int, help="images at once in tr, the peak of memory; 1")
-    cli.add_argument("--epochs", type=float, default=5, help="over the data; --steps wins")
-    cli.add_argument("--steps", type=int, help="default 1000 of the miniature, else by --epochs")
-    cli.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 = any")
-    cli.add_argument("--thin", type=int, default=1, help="tr on one sample of K, weighted K")
+    cli.add_argument("--batch", type=whole(1), default=8, help="samples a step, of all processes")
+    cli.add_argument("--micro", type=whole(1),
+                     help="samples at once: memory, not the result; blip2 4")
+    cli.add_argument("--chunk", type=whole(1), help="images at once in tr, the peak of memory; 1")
+    cli.add_argument("--epochs", type=real(1e-9), default=5, help="over the data; --steps wins")
+    cli.add_argument("--steps", type=whole(1),
+                     help="default 1000 of the miniature, else by --epochs")
+    cli.add_argument("--clip", type=real(0), default=1.0, help="largest gradient norm; 0 = any")
+    cli.add_argument("--thin", type=whole(1), default=1, help="tr on one sample of K, weighted K")
     cli.add_argument("--decoder", default="exact", help="of tr: exact, tiny (TAESD), or its place")
     cli.add_argument("--cache", help="folder for latents: each image is encoded once")
     cli.add_argument("--checkpointing", action="store_true", help="less than half the memory")
     cli.add_argument("--seed", type=int, default=0, help="of all chance")
     cli.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     cli.add_argument("--dtype", help="of the frozen weights: default bfloat16 on a GPU that has it")
-    cli.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    cli.add_argument("--probe", type=int, default=100, help="steps between norms of each loss")
-    cli.add_argument("--held", type=int, default=64, help="pictures of val seen with a checkpoint")
+    cli.add_argument("--every", type=whole(1), default=100, help="steps between checkpoints")
+    cli.add_argument("--probe", type=whole(0), default=100, help="steps between norms of each loss")
+    cli.add_argument("--held", type=whole(0), default=64,
+                     help="pictures of val seen with a checkpoint")
     cli.add_argument("--out", type=Path, default=Path("out/finetune"), help="where it writes")
     cli.add_argument("--resume", action="store_true", help="go on from --out, with its settings")
     cli.add_argument("--export", type=Path, metavar="DIR", help="write --out's models, no training")
@@ -127,8 +126,10 @@ def complete(args):
         raise ValueError("--own gives pictures to ir, which is not among --losses")
     if args.own and not os.path.isdir(args.own) and args.own not in checkpoints.SPLITS:
         raise ValueError(f"--own {args.own}: no such folder, and no split of --data")
-    if min(args.batch, args.chunk, args.thin, args.every, args.micro or 1) < 1:
-        raise ValueError("--batch, --micro, --chunk, --thin and --every are at least 1")
+    tr = "tr" in args.losses
+    for name, idle in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
+        if idle and not tr:
+            raise ValueError(f"--{name} is of tr, which is not among --losses")
     return args
 
 
@@ -260,20 +261,8 @@ def train_step(run, step, stops):
     run.adam.step()
     run.adam.zero_grad()
     row["images_per_s"] = round(run.batch / (time.perf_counter() - began), 3)
-    row["peak_gib"] = peak_gib()
+    row["peak_gib"] = loading.peak_gib()
     return row, halt
-
-
-def peak_gib():
-    """The most memory this process has held: of its GPU, else of the machine; None on Windows."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    elif resource is None:
-        return None
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return round(peak / 2 ** 30, 2)
 
 
 def all_reduce_gradients(run, sums, stops):
@@ -305,7 +294,7 @@ def gradient_norm(trained, side):
 def main(args):
     if args.export:
         return checkpoints.export(args.out, args.captioner, args.generator, args.export)
-    rank, processes = data.rank_and_world()
+    rank, processes = records.rank_and_world()
     loading.tune_process(args.captioner, args.generator)
     device, dtype = loading.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
@@ -313,6 +302,9 @@ def main(args):
     if (args.out / "checkpoint.safetensors").exists() and not args.resume:
         raise ValueError(f"{args.out} holds a training run: --resume goes on with it, another "
                          "--out begins anew")
+    if rank == 0:
+        checkpoints.log_rows(args.out / "log.jsonl")         # one of anybody else is not replaced
+        records.claim(args.out)
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -348,7 +340,7 @@ def main(args):
                                 len(captioner.head.weight), args.bridge, captioner.prompt[0],
                                 captioner.end)
     decode = None
-    if args.decoder != "exact" and "tr" in args.losses:
+    if args.decoder != "exact":
         decode = tiny_decoder(args.decoder, generator)
     cache = None
     if args.cache:                           # other pictures or another generator: other latents
@@ -378,15 +370,15 @@ def train(run, start):
     number of the signal that stopped it."""
     speaks = run.rank == 0                                   # one of the processes writes
     stops, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in script.STOPS:
         handlers[number] = signal.signal(number, lambda caught, _: stops.append(caught))
     log = run.out / "log.jsonl"
     first = last = {}
     if speaks:
         print(f"finetune.py: training {sum(p.numel() for p in run.trained.values()):,} weights; "
               f"{run.content}; steps {start} to {run.total} of {run.batch} samples")
-        rows = data.read_rows(log) if start else []
-        data.write_rows(log, [row for row in rows if row["step"] <= start])
+        rows = checkpoints.log_rows(log) if start else []
+        records.write_rows(log, [row for row in rows if row["step"] <= start])
         if run.held:
             first = last = held_out_losses(run)
     bar = tqdm(total=run.total, initial=start, desc="steps", disable=not speaks)
@@ -394,14 +386,14 @@ def train(run, start):
     try:
         for step in range(start, run.total):
             row, halt = train_step(run, step, stops)
-            keep = halt or step + 1 == run.total or (step + 1) % run.every == 0
-            if speaks and keep and run.held:
+            planned = step + 1 == run.total or (step + 1) % run.every == 0
+            if speaks and planned and run.held:              # a stop changes no line of the log
                 row["held"] = last = held_out_losses(run)
             if speaks:
-                data.append_rows(log, [row])
+                records.append_rows(log, [row])
                 bar.update()
                 bar.set_postfix({name: row[name] for name in run.weights}, refresh=False)
-            if speaks and keep:
+            if speaks and (planned or halt):
                 saved = step + 1
                 checkpoints.save(run.out, saved, run.trained, run.adam, run.settings, run.content)
             if halt:
@@ -415,7 +407,7 @@ def train(run, start):
     if not speaks:
         return 0
     print(f"finetune.py: step {saved} is in {run.out}/checkpoint.safetensors, every step in {log}")
-    if first:
+    if first and saved == run.total:
         changes = [f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in first]
         print(f"finetune.py: {len(run.held)} held-out samples, step {start} -> {saved}: "
               f"{', '.join(changes)}")

@@ -5,7 +5,7 @@
 
 Images are float (B, 3, H, W) in [0, 1], captions str; latents and text states stay inside, but for
 losses.py. The noise of a picture is a function of (seed, item).
-Copy this file with loading.py and cycle.py's `chance`: it needs torch and diffusers.
+Copy this file with loading.py, foreign.py and cycle.py's `chance`: it needs torch and diffusers.
 
 Letters: B images, C h w a latent, D the width of the text states.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import foreign
 from cycle import chance
-from loading import device_and_dtype, load_from_file, readable_errors, resolve
+from loading import device_and_dtype, readable_errors, resolve
 
 GENERATORS = {"miniature": Path(__file__).resolve().parent / "miniature/sd",
               "sd14": "CompVis/stable-diffusion-v1-4"}
@@ -31,7 +32,7 @@ class Generator:
         file.py:function (which returns an object with `draw`)."""
         device, dtype = device_and_dtype(device, dtype)
         if ".py:" in str(name):
-            return load_from_file(name, device, dtype)
+            return foreign.load(name, device, dtype)
         place, options = resolve(name, GENERATORS, "generator")
         with readable_errors(name, "generator"):
             from diffusers import DiffusionPipeline, StableDiffusionPipeline

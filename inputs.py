@@ -6,8 +6,6 @@
 
 Copy this file with best_of_n.py and data.py.
 """
-import hashlib
-import json
 import os
 import re
 import shlex
@@ -16,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import records
 from best_of_n import IMAGE, TEXT
 from miniature import world
 
@@ -79,7 +78,7 @@ def from_arguments(arguments, limit=None):
     if pictures and sentences:
         raise ValueError(f"pictures and sentences in one run (such as {pictures[0].name!r} and "
                          f"{sentences[0]!r}): give one kind")
-    sentences = [data.one_line(sentence) for sentence in sentences]
+    sentences = [records.one_line(sentence) for sentence in sentences]
     if "" in sentences:
         raise ValueError("an empty sentence can't be drawn")
     found = pictures + [data.Item(sentence, None, [sentence]) for sentence in sentences]
@@ -106,7 +105,7 @@ def sentences_in(path):
     """Of a .txt, one a line; of a .json, a list."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file of sentences")
-    lines = data.read_lines(path) if path.lower().endswith(".txt") else data.load_json(path)
+    lines = records.read_lines(path) if path.lower().endswith(".txt") else records.load_json(path)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{path}: expected a JSON list of strings, or a .txt, one a line")
     return [line for line in lines if line.strip()]
@@ -134,7 +133,7 @@ def given_captions(path, limit=None, items=()):
         if item is None:
             absent += 1
             continue
-        some = list(filter(None, map(data.one_line, said)))
+        some = list(filter(None, map(records.one_line, said)))
         empty += len(said) - len(some)
         found[item.name] = item
         captions.setdefault(item.name, []).extend(some)
@@ -161,12 +160,12 @@ def given_pictures(path, limit=None):
         for folder in sorted(Path(path).iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
                 says = folder / "prompt.txt"
-                prompt = " ".join(data.read_lines(says)) if says.exists() else folder.name
+                prompt = " ".join(records.read_lines(says)) if says.exists() else folder.name
                 table.setdefault(prompt, []).extend(item.path for item in data.read(folder))
     else:
         for prompt, files in table_of(path, PROMPT, PICTURES).items():
             some = [picture_file(file, path) for file in files]
-            table.setdefault(data.one_line(prompt), []).extend(some)
+            table.setdefault(records.one_line(prompt), []).extend(some)
     if not table or "" in table:
         raise ValueError(f"{path}: expected a folder of pictures for each prompt, or JSON "
                          "{prompt: [pictures]}, and no empty prompt")
@@ -182,9 +181,9 @@ def table_of(path, keys, names):
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     if Path(path).suffix == ".json":
-        rows = data.load_json(path)
+        rows = records.load_json(path)
     else:
-        rows = data.read_rows(path, whole=True)
+        rows = records.read_rows(path, whole=True)
     if isinstance(rows, dict):
         rows = [{keys[0]: key, names[0]: values} for key, values in rows.items()]
     if not isinstance(rows, list) or not rows:
@@ -195,7 +194,8 @@ def table_of(path, keys, names):
             key = next((row[name] for name in keys if name in row), None)
             values = next((row[name] for name in names if name in row), None)
         values = [values] if isinstance(values, str) else values
-        texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
+        texts = isinstance(values, list) and all(
+            isinstance(value, str) and len(value) <= records.LONGEST for value in values)
         if not isinstance(key, str | int) or not texts:
             raise ValueError(f"{path}, row {number}: expected {keys[0]!r} and {names[0]!r}, a "
                              f"string or a list of them, not {ascii(row)[:80]}")
@@ -213,18 +213,31 @@ def item_of(name, path, known):
 def picture_file(name, path):
     """The picture that a file at `path` names: beside it, or from here."""
     beside = Path(path).parent / name
-    return Path(name) if os.path.exists(name) and not beside.exists() else beside
+    if os.path.exists(name) and not beside.exists():
+        return data.inside(Path(name), Path(), path)
+    return data.inside(beside, Path(path).parent, path)
 
 
-def mark(candidates, source=None):
-    """A short mark of given candidates and the picture they are of, if any: another one where a
-    caption or a picture is."""
-    seen = []
-    for candidate in [*candidates, source]:
-        seen.append(str(candidate))
-        if isinstance(candidate, Path) and candidate.exists():
-            seen += candidate.stat().st_size, candidate.stat().st_mtime_ns
-    return hashlib.sha1(json.dumps(seen).encode()).hexdigest()[:12]
+@dataclass
+class Source:
+    """What an item's rows are made of. mark: another one where its picture, its text or any of its
+    candidates is another; input: its path, or its text; pictures: those that exist, as paths."""
+    mark: str
+    input: str
+    pictures: list
+
+
+def sources(found):
+    """{item's name: its Source}."""
+    out = {}
+    for item in found.items:
+        given = found.given.get(item.name, [])
+        pictures = [str(path.resolve()) for path in given if isinstance(path, Path)]
+        texts = [x for x in given if isinstance(x, str)]
+        seen = [records.fingerprint(path) for path in (item.path, *pictures) if path]
+        source = str(item.path) if item.path else item.captions[0]
+        out[item.name] = Source(records.digest([texts, seen]), source, pictures)
+    return out
 
 
 # ---------------------------------------------------------------- whether a toy knows it

@@ -7,9 +7,11 @@
     judges["clip"].clipscore(picture, caption, references)      # CLIPScore, RefCLIPScore
 
 Images are float (B, 3, H, W) in [0, 1], captions lists of str. Pooling is that of the paper's
-experiments. Copy this file with loading.py: it needs torch and transformers.
+experiments. Copy this file with loading.py, metrics.py and records.py: it needs torch
+and transformers.
 """
 import contextlib
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import loading
+import metrics
+import records
 
 HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
@@ -70,6 +74,34 @@ def default_place(captioner, generator):
     if loading.is_local(captioner) and loading.is_local(generator):
         return "cache"
     return "hub"
+
+
+def likenesses(names, asked, by, kind, place, device, references, glove):
+    """({name: f(candidates, inputs) -> (n,)}, CLIP's judge or None). What is absent is refused if
+    --likeness asked for it, or --by; of the others there is a line."""
+    ours = [name for name in names if kind == "text" and name in ("cider", "wmd")]
+    found, absent = load([name for name in names if name not in ours], kind, place, device)
+    likeness = {name: judge.alike for name, judge in found.items()}
+    if "cider" in ours and len(references) > 1:
+        likeness["cider"] = functools.partial(cider, metrics.document_frequency(references))
+    elif "cider" in ours:
+        absent["cider"] = "it needs the document frequency of a set of references; give --data"
+    if glove and not Path(glove).is_file():
+        raise ValueError(f"--glove {glove}: no such file")
+    if "wmd" in ours and glove:
+        likeness["wmd"] = functools.partial(metrics.movers, glove)
+    elif "wmd" in ours:
+        absent["wmd"] = "it needs word vectors; give --glove glove.6B.200d.txt"
+    for name, reason in absent.items():
+        if name == by or name in (asked or ()):
+            flag = "--by" if name == by else "--likeness"
+            raise ValueError(f"{flag} {name}: {reason}")
+        records.say(f"no likeness {name}: {reason}")
+    return {name: likeness[name] for name in names if name in likeness}, found.get("clip")
+
+
+def cider(df, captions, texts):
+    return metrics.cider(captions, [[text] for text in texts], df)
 
 
 class Encoder:

@@ -8,7 +8,7 @@ The hub is asked in `fetch` and nowhere else. What comes back is a folder on thi
 that is loaded is read from such a folder: safetensors, or .bin by torch's restricted loader where
 there is nothing else. Nothing that is loaded runs code, but for a `file.py:function` that the
 command line names. Whatever fails is a ValueError of one line, with its cause and the remedy.
-Copy this file alone: it needs torch, transformers, safetensors and huggingface_hub.
+Copy this file with records.py: it needs torch, transformers, safetensors and huggingface_hub.
 """
 import contextlib
 import ctypes
@@ -21,6 +21,11 @@ import re
 import sys
 from pathlib import Path
 
+try:
+    import resource
+except ImportError:                              # Windows
+    resource = None
+
 import torch
 from huggingface_hub import (
     HfApi,
@@ -32,6 +37,8 @@ from huggingface_hub import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+
+import records
 
 # weights as the libraries name them: no half-precision copies, no single files of other programs
 WEIGHTS = re.compile(
@@ -84,19 +91,6 @@ def hub_id(name, table):
 def is_local(name):
     """Whether opening it needs no hub."""
     return name == "miniature" or Path(name).exists() or ".py:" in str(name)
-
-
-def load_from_file(name, *args):
-    """What `file.py:function` returns: the way in for a model from elsewhere. Runs that file."""
-    file, function = str(name).rsplit(":", 1)
-    if not Path(file).is_file():
-        raise ValueError(f"{name}: there is no file {file}; expected file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ValueError(f"{name}: {file} defines no {function}")
-    return getattr(module, function)(*args)
 
 
 # ---------------------------------------------------------------- the hub
@@ -154,11 +148,14 @@ def from_cache(repo, error):
 def parts_of(index):
     """{folder: class} of the parts that a pipeline's model_index.json names. No safety checker: a
     picture that it blackens could not be compared."""
-    named = json.loads(Path(index).read_text(encoding="utf-8"))
+    named = records.load_json(index)
     if not isinstance(named, dict):
         raise ValueError(f"{index}: expected {{part: [library, class]}}")
     pairs = {name: kind for name, kind in named.items() if isinstance(kind, list)}
     parts = {name: kind[1] for name, kind in pairs.items() if len(kind) == 2 and kind[1]}
+    odd = [name for name, kind in parts.items() if not isinstance(kind, str) or "/" in name]
+    if odd:
+        raise ValueError(f"{index}: {odd[0]!r} is no part of a pipeline")
     parts.pop("safety_checker", None)
     return parts
 
@@ -227,7 +224,7 @@ def check_weights(folder):
 def check_shards(part, files):
     """Raises OSError where a file is missing that the index of large weights names."""
     for index in part.glob(f"*{files[0].suffix}.index.json"):
-        found = json.loads(index.read_text(encoding="utf-8"))
+        found = records.load_json(index)
         if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
             raise ValueError(f"{index}: expected {{weight_map: {{tensor: file}}}}")
         named = found["weight_map"].values()
@@ -287,9 +284,16 @@ def device_and_dtype(device=None, dtype=None):
             device = "cuda"
     if str(device).partition(":")[0] not in ("cuda", "mps", "cpu"):
         raise ValueError(f"--device {device}: it is cuda, mps or cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"--device {device}: it is cuda, mps, cpu, or such as cuda:1") from e
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch has none here; use --device cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise ValueError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()}")
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         own = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
         device = torch.device("cuda", own)
@@ -300,7 +304,7 @@ def device_and_dtype(device=None, dtype=None):
             dtype = torch.bfloat16
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
+        if found not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
         dtype = found
     return device, dtype
@@ -333,25 +337,37 @@ def keep_memory():
         libc.mallopt(-3, 2 ** 25)                # M_MMAP_THRESHOLD: the largest there is
 
 
+def peak_gib():
+    """The most memory this process has held: of its GPU, else of the machine; None on Windows."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    elif resource is None:
+        return None
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(peak / 2 ** 30, 2)
+
+
 # ---------------------------------------------------------------- what a run is made of
 def record_revisions(folder):
     """Writes beside a run's settings the commits of each hub repository in it, {hub id: [commit]}.
     Where the run was begun with another one, that is said."""
     path = Path(folder) / "revisions.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if records.rank_and_world()[0] > 0:
+        return
+    known = records.load_json(path) if path.exists() else {}
+    if not isinstance(known, dict) or not all(isinstance(x, list) for x in known.values()):
+        raise ValueError(f"{path}: expected {{hub id: [commit]}}: remove it")
     before = json.dumps(known)
     for repo, commit in REVISIONS.items():
         commits = known.setdefault(repo, [])
         if commit not in commits:
             if commits:
-                print(f"{folder}: begun with {repo} at {commits[-1]}, goes on with {commit}",
-                      file=sys.stderr)
+                records.say(f"{folder}: begun with {repo} at {commits[-1]}, goes on with {commit}")
             commits.append(commit)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if json.dumps(known) != before:
-        new = path.with_suffix(f".{os.getpid()}")              # another process writes its own
-        new.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        records.write_json(path, known)
 
 
 def load_trained(checkpoint, captioner=None, generator=None):
@@ -365,6 +381,7 @@ def load_trained(checkpoint, captioner=None, generator=None):
     path = path / "checkpoint.safetensors" if path.is_dir() else path
     trained_side = header(path).get("settings", {}).get("side")
     tensors = load_file(path)
+    check_numbers(tensors, f"--ckpt {path}")
     if trained_side is not None and type(trained_side) is not int:
         raise ValueError(f"--ckpt {path}: its header says --side {trained_side!r}: not a number")
     if not any(k.startswith(("captioner.", "generator.")) for k in tensors):
@@ -390,6 +407,14 @@ def load_trained(checkpoint, captioner=None, generator=None):
     return len(moves)
 
 
+def check_numbers(tensors, what):
+    """Raises ValueError where a weight of {name: tensor} is not finite, or a whole number."""
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{what}: {name} holds no finite floats: it is not a checkpoint of "
+                             "finetune.py, or was cut")
+
+
 def header(path):
     """{step, data, settings, versions, commit} that finetune.py writes into a checkpoint's file; {}
     where there is none. Raises ValueError where the file can't be read, or says something else."""
@@ -398,10 +423,10 @@ def header(path):
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("header", "{}")
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"no checkpoint that can be read: {e}; give the --out of "
+        raise ValueError(f"{path}: no checkpoint that can be read ({e}); give the --out of "
                          "finetune.py") from e
     with contextlib.suppress(ValueError):        # no JSON
-        about = json.loads(text)
+        about = records.parse(text)
         if isinstance(about, dict) and isinstance(about.get("settings", {}), dict):
             return about
     raise ValueError(f"{path}: its header is not one of finetune.py")

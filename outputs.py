@@ -11,16 +11,15 @@ page.py, metrics.py and data.py.
 import csv
 import io
 import itertools
-import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-import data
 import metrics
 import page
+import records
 from best_of_n import IMAGE, best_first, score_of, tied, with_reason
 
 PRINTED = 6                                      # items whose candidates are printed
@@ -38,7 +37,7 @@ def write_table(ordered, by, path):
     names = ("item", "input", "caption", "picture")
     columns = ["rank", "tie", *names, *score_names(ordered), f"error of {by}", f"gap of {by}"]
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\r\n")
+    table = csv.DictWriter(text, columns)
     table.writeheader()
     for rows in ordered.values():
         ties = tied(rows, by)
@@ -49,7 +48,7 @@ def write_table(ordered, by, path):
             cells[f"error of {by}"] = row.get("errors", {}).get(by)
             cells[f"gap of {by}"] = row.get("gaps", {}).get(by)
             table.writerow(cells)
-    data.write_text(path, "\ufeff" + text.getvalue())
+    records.write_text(path, "\ufeff" + records.visible(text.getvalue().replace("\r\n", "\n")))
 
 
 def score_names(groups):
@@ -62,7 +61,7 @@ def score_names(groups):
 
 def plain(text):
     """A text that no spreadsheet takes for a formula."""
-    return "'" + text if text.startswith(tuple("=+-@\t\r")) else text
+    return "'" + text if text.lstrip().startswith(tuple("=+-@")) else text
 
 
 # ---------------------------------------------------------------- the winners, by readable names
@@ -72,7 +71,9 @@ def write_winners(ordered, by, out):
     named after it. Returns a line on how many there are, what is left out, and what of an earlier
     ranking is overwritten."""
     folder = out / "winners"
-    before = {Path(row["file_name"]).name for row in data.read_rows(folder / "metadata.jsonl")}
+    table = folder / "metadata.jsonl"
+    rows = records.read_rows(table)
+    before = {Path(records.the(row, "file_name", str, table)).name for row in rows}
     used, written, changed, without = set(), [], 0, 0
     folder.mkdir(parents=True, exist_ok=True)
     for best, *_ in ordered.values():
@@ -89,13 +90,13 @@ def write_winners(ordered, by, out):
         if name in before and beside.exists():
             old = beside.read_text(encoding="utf-8", errors="replace")
             changed += old != text + "\n"
-        data.write_text(beside, text + "\n")
+        records.write_text(beside, records.visible(text) + "\n")
         written.append({"file_name": name, "text": text})
     gone = before - {row["file_name"] for row in written}
     for name in gone:
         (folder / name).unlink(missing_ok=True)
         (folder / name).with_suffix(".txt").unlink(missing_ok=True)
-    data.write_rows(folder / "metadata.jsonl", written)
+    records.write_rows(table, written)
     line = f"{len(written)} winners are in {folder}"
     if without:
         line += f"; {without} items have none"
@@ -148,7 +149,7 @@ def write_pairs(kind, groups, by, margin, folder):
             rows.append(pair | {"margin": gap})
     path = folder / ("pairs.jsonl" if kind == "trl" else "pairs.parquet")
     if kind == "trl":
-        data.write_rows(path, rows)
+        records.write_rows(path, rows)
     elif rows:
         write_parquet(path, rows)
     line = (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {margin:g} "
@@ -198,7 +199,7 @@ def show(found, ordered, by, note, warning, undrawn, out):
                                "why": rows[0]["why"]}
     best = {name: row for name, row in best.items() if row["score"] is not None}
     say_if_other(out / "best.json", by)
-    data.write_text(out / "best.json", json.dumps(best, indent=2, ensure_ascii=False) + "\n")
+    records.write_json(out / "best.json", best)
     write_table(ordered, by, out / "candidates.csv")
     more = {"warning": warning, "undrawn": undrawn}
     page.sheet(shown, by, out / "sheet.png", **more)
@@ -222,8 +223,12 @@ def show(found, ordered, by, note, warning, undrawn, out):
 
 def say_if_other(path, by):
     """Where best.json is of an earlier ranking by another score, says so."""
-    rows = data.load_json(path).values() if path.exists() else []
-    before = next(iter(rows), {}).get("by", by)
+    found = records.load_json(path) if path.exists() else {}
+    name = next(iter(found), None) if isinstance(found, dict) else path
+    before = by
+    if name is not None:
+        row = records.the(found, name, dict, path)
+        before = records.the(row, "by", str, path)
     if before != by:
         print(f"ranked by {by}, before by {before}: best.json, candidates.csv, sheet, page and "
               f"winners of {path.parent} are written anew")

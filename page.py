@@ -7,7 +7,7 @@ groups: [(item, input picture or None, input text, rows)], the rows in order of 
 {"caption", "picture" (a file beside the page, or None), "scores" ({name: number or None})}, perhaps
 with "words" ([word, contribution, standard error] each), "why" (the first wins), "behind" (how far
 it lies behind the first, and the standard error of that or None), "tie" (it is as good as the
-first). Copy this file with pictures.py: it needs numpy and pillow.
+first). Copy this file with pictures.py and records.py: it needs numpy and pillow.
 """
 import base64
 import io
@@ -17,6 +17,7 @@ from html import escape
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pictures import as_picture, pixels
+from records import visible, write_text, writing
 
 PARTS = {"both": ("per_token", "denoise")}        # the scores that a score is made of
 MEANING = {
@@ -68,7 +69,11 @@ small { color: #666; display: block }
 def frame(path, side):
     """A picture file in a white square of `side` pixels; small ones are magnified without
     smoothing."""
-    image = as_picture(pixels(path))
+    try:
+        image = as_picture(pixels(path))
+    except (OSError, ValueError):                # it was deleted or damaged since
+        image = Image.new("RGB", (side, side), "white")
+        write(ImageDraw.Draw(image), 8, 8, f"{path.name} can't be read any more", RED, 11, 16)
     small = 2 * max(image.size) <= side
     method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
     return ImageOps.pad(image, (side, side), method, "white")
@@ -134,7 +139,8 @@ def sheet(groups, by, path, side=136, most=6, warning="", undrawn=""):
             lines[13:] = [f"... and {len(lines) - 13} more"]
         for i, line in enumerate(lines):
             write(pen, x, y + 24 + 17 * i, line, "black", 11, 100, 1)
-    canvas.save(path)
+    with writing(path):
+        canvas.save(path)
 
 
 def post(canvas, pen, x, y, place, row, by, path, side, undrawn):
@@ -159,7 +165,7 @@ def post(canvas, pen, x, y, place, row, by, path, side, undrawn):
 def write(pen, x, y, words, colour="black", size=11, width=23, lines=4):
     """Words from (x, y) on, wrapped after `width` letters, the first `lines` of them."""
     font = ImageFont.load_default(size)
-    for line in textwrap.wrap(words, width, max_lines=lines, placeholder=" ..."):
+    for line in textwrap.wrap(visible(words), width, max_lines=lines, placeholder=" ..."):
         pen.text((x, y), line, colour, font)
         y += size + 3
 
@@ -185,7 +191,7 @@ def index(groups, by, direction, note, path, most=200, warning="", undrawn=""):
         for place, row in enumerate(rows, 1):
             out.append(card(place, row, by, path, picture, undrawn))
         out.append("</div></section>")
-    path.write_text("\n".join([*out, "</body></html>\n"]), encoding="utf-8")
+    write_text(path, visible("\n".join([*out, "</body></html>\n"])))
 
 
 def legend(groups, by):

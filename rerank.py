@@ -33,11 +33,12 @@ import data
 import inputs
 import judges
 import loading
-import metrics
 import outputs
+import records
 from best_of_n import IMAGE, TEXT, best_first
 from captioners import Captioner
 from generators import Generator, few_steps
+from script import real, whole
 
 LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"],
               "both": ["clip"]}                  # for clipscore
@@ -51,7 +52,8 @@ def flags(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = script.Parser(__doc__)
     p.add_argument("inputs", nargs="*", help="pictures, folders, sentences, or a .txt or .json")
-    p.add_argument("-n", "--n", type=int, help="candidates an input; default 10 (the paper's N)")
+    p.add_argument("-n", "--n", type=whole(1, 10_000),
+                   help="candidates an input; default 10 (the paper's N)")
     p.add_argument("--captioner", default="miniature",
                    help="miniature, vitb, vitl, blip2, folder, hub id, file.py:function")
     p.add_argument("--generator", help="default miniature or sd14, as the captioner; or as above")
@@ -63,22 +65,25 @@ def flags(argv=None):
                    "{prompt, images}, or a folder with a folder of pictures a prompt")
     p.add_argument("--data", help="a set for inputs, if none are given, and for references")
     p.add_argument("--split", help="of --data: val, test (default); in, near, out, nocaps (of it)")
+    p.add_argument("--anywhere", action="store_true", help="pictures that a file names may lie out "
+                   "of its folder")
     p.add_argument("--turn", choices=["image", "text"], help="side of --data; default image")
-    p.add_argument("--limit", type=int, help="items; default 4 of --data miniature, else all")
+    p.add_argument("--limit", type=whole(1), help="items; default 4 of --data miniature, else all")
     p.add_argument("--scorer", choices=["both", "full", "few"],
                    help="both (default): what both models say of a candidate, its log-likelihood "
                    "and the denoising loss; full: the paper's cycle, each is drawn or read; few: "
                    "of captions, in 8 steps of DPM-Solver++")
     p.add_argument("--decoder", help="of few: tiny (TAESD), or an AutoencoderTiny's place")
-    p.add_argument("--draws", type=int, default=12, help="of both: noises a candidate")
+    p.add_argument("--draws", type=whole(1, 10_000), default=12, help="of both: noises a candidate")
     p.add_argument("--draw", action="store_true", help="draw winners that another --by has chosen")
     p.add_argument("--words", action="store_true", help="what each word of the winner adds")
     p.add_argument("--pairs", choices=["trl", "diffusion"], help="preference pairs: of captions "
                    "for TRL's DPO (JSON lines), of pictures for Diffusion-DPO (parquet)")
-    p.add_argument("--margin", type=float, default=0.0, help="of --pairs: as near is a tie")
+    p.add_argument("--margin", type=real(0), default=0.0, help="of --pairs: as near is a tie")
     p.add_argument("--way", default="top-p", help="or top-k, temperature, typical, beam")
-    p.add_argument("--steps", type=int, help="of drawing; default 50, of few 8; 0: none is drawn")
-    p.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance")
+    p.add_argument("--steps", type=whole(0, 1000),
+                   help="of drawing; default 50, of few 8; 0: none is drawn")
+    p.add_argument("--guidance", type=real(0, 1000), default=7.5, help="classifier-free guidance")
     p.add_argument("--likeness", nargs="*",
                    help="of images: clip dino pixel inception; of text: clip sbert cider wmd")
     p.add_argument("--by", help="the score that ranks: denoise (default of captions), both (of "
@@ -87,13 +92,16 @@ def flags(argv=None):
                    "with clip, dino, sbert; default as the models, cache beside local ones")
     p.add_argument("--glove", help="GloVe text file for wmd")
     p.add_argument("--seed", type=int, default=0, help="chance is a function of seed and item")
-    p.add_argument("--batch", type=int, help="pictures drawn at once; default 10, miniature 40")
+    p.add_argument("--batch", type=whole(1, 100_000),
+                   help="pictures drawn at once; default 10, miniature 40")
     p.add_argument("--device", help="cuda, mps or cpu; default the best there is")
     p.add_argument("--dtype", help="float32, float16 or bfloat16; default by device")
     p.add_argument("--out", type=Path, help="folder for what comes out; default out/rerank, or "
                    "out/rerank-2 ... where that holds a run of other settings")
     args = p.parse_args(argv)
     args.line = argv
+    args.typed = script.typed(p, args)
+    data.LEAVE = args.anywhere
     return complete(args)
 
 
@@ -116,12 +124,26 @@ def complete(args):
         args.batch = 40 if small else 10
     if args.steps is None:
         args.steps = 8 if args.scorer == "few" else 50
-    counts = [args.n, args.batch, args.draws, args.limit]
-    least = min(count for count in counts if count is not None)
-    if least < 1 or args.steps < 0 or not args.margin >= 0:
-        raise ValueError("--n, --batch, --draws and --limit are at least 1, --steps and --margin "
-                         "at least 0")
     return args
+
+
+def refuse_idle(args, direction):
+    """Refuses flags that do nothing in this run: whoever types one expects something of it."""
+    text = direction == TEXT
+    exist = args.captions or args.images
+    idle = {
+        "decoder": args.scorer != "few" and "only --scorer few decodes by another",
+        "draws": args.scorer != "both" and not args.words and "nothing is denoised",
+        "margin": not args.pairs and "it is of --pairs",
+        "turn": (args.inputs or exist) and "the inputs say what they are",
+        "split": args.inputs and "data" not in args.typed and "it is of --data",
+        "way": (text or exist) and "no captions are sampled",
+        "pairs": args.pairs == ("trl" if text else "diffusion") and "trl compares captions of a "
+                 "picture, diffusion pictures of a sentence",
+    }
+    for name, why in idle.items():
+        if name in args.typed and why:
+            raise ValueError(f"--{name} {getattr(args, name)} does nothing here: {why}")
 
 
 # ---------------------------------------------------------------- what goes in, where it goes
@@ -146,35 +168,33 @@ def default_scorer(captioner, generator, reads):
 def default_folder(settings):
     """Of out/rerank, out/rerank-2 ... the one with a run of these settings, or the first free."""
     folders = [Path("out/rerank"), *(Path(f"out/rerank-{i}") for i in range(2, 1000))]
-    used = [folder for folder in folders if (folder / "settings.json").exists()]
-    for folder in used:
+    here = [folder for folder in folders if (folder / "settings.json").exists()]
+    for folder in [*here, *(folder for folder in folders if folder not in here)]:
         try:
-            data.same_settings(folder, settings)
+            check_folder(folder, settings)
+            records.claim(folder)
             return folder
-        except ValueError:                       # of other settings
+        except ValueError:                       # of other settings, or in use
             continue
-    free = [folder for folder in folders if folder not in used]
-    if not free:
-        raise ValueError("out/rerank and 998 more hold runs of other settings: say --out")
-    return free[0]
+    raise ValueError("out/rerank and 998 more hold runs of other settings: say --out")
 
 
 def check_folder(out, settings):
     """Refuses a folder that holds another run, or files of these names that are nobody's."""
     if (out / "settings.json").exists():
-        data.same_settings(out, settings)
+        records.same_settings(out, settings)
         return
     here = [name for name in WRITTEN if (out / name).exists()]
-    if here:
+    if here and WRITTEN[0] not in here:          # a run's, whose settings were removed
         raise ValueError(f"{out} holds {', '.join(here)} of no run of this script: choose another "
                          "--out")
 
 
-def of_set(inputs, root, split):
+def of_set(inputs, root, split, whole):
     """What settings.json says of the set that items are of: none, where inputs are given."""
     if inputs or not root:
         return {"data": "None", "split": "None"}
-    return {"data": str(Path(root)), "split": str(split)}
+    return {"data": str(Path(root)), "split": str(split), "content": data.content_of(whole)}
 
 
 # ---------------------------------------------------------------- who speaks, who judges
@@ -202,50 +222,20 @@ def make_fit(captioner, generator, scorer, decoder, reads, name):
         few_steps(generator, decoder)
 
 
-def likenesses(names, asked, by, direction, place, device, references, glove):
-    """({name: f(candidates, inputs) -> (n,)}, CLIP's judge or None). What is absent is refused if
-    --likeness asked for it, or --by; of the others there is a line."""
-    kind = "image" if direction == IMAGE else "text"
-    ours = [name for name in names if kind == "text" and name in ("cider", "wmd")]
-    found, absent = judges.load([name for name in names if name not in ours], kind, place, device)
-    likeness = {name: judge.alike for name, judge in found.items()}
-    if "cider" in ours and len(references) > 1:
-        likeness["cider"] = functools.partial(cider, metrics.document_frequency(references))
-    elif "cider" in ours:
-        absent["cider"] = "it needs the document frequency of a set of references; give --data"
-    if glove and not Path(glove).is_file():
-        raise ValueError(f"--glove {glove}: no such file")
-    if "wmd" in ours and glove:
-        likeness["wmd"] = functools.partial(metrics.movers, glove)
-    elif "wmd" in ours:
-        absent["wmd"] = "it needs word vectors; give --glove glove.6B.200d.txt"
-    for name, reason in absent.items():
-        if name == by or name in (asked or ()):
-            flag = "--by" if name == by else "--likeness"
-            raise ValueError(f"{flag} {name}: {reason}")
-        if data.rank_and_world()[0] == 0:
-            print(f"rerank.py: no likeness {name}: {reason}", file=sys.stderr)
-    return {name: likeness[name] for name in names if name in likeness}, found.get("clip")
-
-
 def check(by, scorer, likeness, clip, captioner):
     """Refuses a run that would have nothing to rank by, or not --by."""
     names = ["denoise"] if scorer == "both" else list(likeness)
     names += ["likelihood", "clipscore"] if clip else ["likelihood"]
     if hasattr(captioner, "tokens"):
         names += ["per_token", "both"] if scorer == "both" else ["per_token"]
-    elif scorer == "both" and data.rank_and_world()[0] == 0:
-        print("rerank.py: the captioner has no `tokens`, so that there is no log-likelihood per "
-              "token: denoise alone ranks", file=sys.stderr)
+    elif scorer == "both":
+        records.say("the captioner has no `tokens`, so that there is no log-likelihood per token: "
+                    "denoise alone ranks")
     if not likeness and scorer != "both":
         raise ValueError("no likeness is left to rank by; of images, --likeness pixel needs "
                          "nothing")
     if by and by not in names:
         raise ValueError(f"--by {by}: this run has {', '.join(names)}")
-
-
-def cider(df, captions, texts):
-    return metrics.cider(captions, [[text] for text in texts], df)
 
 
 # ---------------------------------------------------------------- the road
@@ -268,7 +258,7 @@ def opened(item, candidates, skipped):
     return item.captions[0], pictures, files
 
 
-def converse(items, found, marks, out, settings, how):
+def converse(items, found, sources, out, settings, how):
     """Has the conversation over items, some at a time, and keeps their rows, with the settings of
     the run. Returns why what was skipped. how: arguments of captions_for and pictures_for."""
     image = found.direction == IMAGE
@@ -276,7 +266,7 @@ def converse(items, found, marks, out, settings, how):
     n = how["n"] or max(map(len, found.given.values()))
     chunk = max(1, how["draw"]["batch"] // n)
     skipped = []
-    bar = tqdm(total=len(items), desc=found.direction, disable=data.rank_and_world()[0] > 0)
+    bar = tqdm(total=len(items), desc=found.direction, disable=records.rank_and_world()[0] > 0)
     for start in range(0, len(items), chunk):
         ready = []
         for item in items[start:start + chunk]:
@@ -285,16 +275,17 @@ def converse(items, found, marks, out, settings, how):
             except ValueError as e:
                 skipped.append(str(e))
         if ready:
-            some, sources, given, files = zip(*ready)
-            groups = conversation(list(sources), [item.name for item in some],
+            some, asked, given, files = zip(*ready)
+            groups = conversation(list(asked), [item.name for item in some],
                                   given=given if found.given else None, **how)
-            loading.record_revisions(out)
-            data.same_settings(out, settings)    # only now: what came to nothing binds nobody
+            loading.record_revisions(out)        # only now: what came to nothing binds nobody
+            if records.rank_and_world()[0] == 0:
+                records.same_settings(out, settings)
             for item, rows, names in zip(some, groups, files):
                 for row, name in zip(rows, names or ()):
                     row["picture"] = name
                 best_of_n.keep(item, rows, found.direction, how["seed"], how["generator"], out,
-                               marks.get(item.name))
+                               sources[item.name].mark, bool(found.given))
         bar.update(len(items[start:start + chunk]))
     bar.close()
     return skipped
@@ -306,7 +297,7 @@ def tell(found, done):
     for note in found.notes:
         script.say(note)
     if old:
-        script.say(f"{old} of {len(found.items)} already done")
+        print(f"{old} of {len(found.items)} already done")
 
 
 def choose(groups, by, wanted, direction):
@@ -320,32 +311,40 @@ def choose(groups, by, wanted, direction):
 
 
 def main(args):
-    process, processes = data.rank_and_world()
-    if processes > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
+    process, processes = records.rank_and_world()
     loading.tune_process(args.captioner, args.generator)
 
     # 1) what goes in, what the run is made of, and what of it is done
     found = find(args.inputs, args.captions, args.images, args.data, args.split, args.turn,
                  args.limit)
     direction, items = found.direction, found.items
+    if not items:
+        raise ValueError(f"{', '.join(args.inputs) or args.data} holds nothing to rerank")
     reads = direction == TEXT or bool(found.given)
     args.scorer = args.scorer or default_scorer(args.captioner, args.generator, reads)
+    refuse_idle(args, direction)
     draws = args.draw or direction == TEXT or args.scorer != "both"
     if args.steps == 0 and draws and not args.images:
         raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"direction": direction}
-    settings |= of_set(args.inputs or args.images, args.data, args.split)
+    for name in ("captioner", "generator", "ckpt", "judges"):
+        settings[name] = records.marked(getattr(args, name))
+    settings |= of_set(args.inputs or args.images, args.data, args.split, found.whole)
     settings["given"] = str(bool(found.given) or None)
-    out = args.out or default_folder(settings)
-    check_folder(out, settings)
+    place = [None]
+    if process == 0:                             # it chooses the folder, for all
+        place = [args.out or default_folder(settings)]
+        check_folder(place[0], settings)
+        records.claim(place[0])
+    if processes > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
+        dist.broadcast_object_list(place)
+    out, = place
     if out.name != "rerank" and args.out is None:
         found.notes.append(f"out/rerank holds another run; this one is in {out}")
-    if processes > 1:
-        dist.barrier()                           # nothing is written before all know where
-    marks = {x.name: inputs.mark(found.given[x.name], x.path) for x in items if found.given}
-    done = best_of_n.finished(out, args.n, marks)
+    sources = inputs.sources(found)
+    done = best_of_n.finished(out, args.n, sources)
     if process == 0:
         tell(found, done)
     rest = [item for item in items[process::processes] if item.name not in done]
@@ -362,26 +361,29 @@ def main(args):
                  reads and (direction == IMAGE or args.scorer == "both"), args.generator)
         device, _ = loading.device_and_dtype(args.device)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
-        likeness, clip = likenesses(wanted, args.likeness, args.by, direction, args.judges, device,
-                                    references, args.glove)
+        kind = "image" if direction == IMAGE else "text"
+        likeness, clip = judges.likenesses(wanted, args.likeness, args.by, kind, args.judges,
+                                           device, references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
-        skipped = converse(rest, found, marks, out, settings, {
+        skipped = converse(rest, found, sources, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
             "draw": draw, **own})
     if processes > 1:
         dist.barrier()
-        dist.destroy_process_group()
+    done = best_of_n.finished(out, args.n, sources)
+    groups = {item.name: done[item.name] for item in items if item.name in done}
+    if not groups:
+        raise ValueError(f"none of the {len(items)} inputs could be read: "
+                         f"{'; '.join(skipped[:3]) or 'another process tells why'}")
     for reason in skipped:
         script.say(f"skipped {reason}")
+    if processes > 1:
+        dist.destroy_process_group()
     if process > 0:
         return 0
 
     # 3) all of it once more, ranked and in the order of the inputs
-    done = best_of_n.finished(out, args.n, marks)
-    groups = {item.name: done[item.name] for item in items if item.name in done}
-    if not groups:
-        raise ValueError(f"none of the {len(items)} inputs could be read")
     for rows in done.values():
         best_of_n.rank(rows)
     by, ordered = choose(groups, args.by, wanted, direction)
@@ -393,7 +395,7 @@ def main(args):
         return generator or speakers(None, args.generator, args.ckpt, args.device, args.dtype)[1]
     if undrawn and args.draw:
         best_of_n.draw_later(undrawn, drawer(), args.seed, draw, out)
-    data.write_rows(out / "candidates.jsonl", itertools.chain(*(groups | done).values()))
+    records.write_rows(out / "candidates.jsonl", itertools.chain(*(groups | done).values()))
     new = best_of_n.recall_words(best, out) if args.words else []
     if new:
         best_of_n.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)

@@ -1,11 +1,14 @@
 """How every script begins and ends: in its environment, with one line for whatever ends it early.
 
     import script  # isort: skip                 # before all that may not be installed
-    script.run(main, flags)                      # 2 where main raises ValueError or OSError
+    p = script.Parser(__doc__)
+    p.add_argument("--limit", type=script.whole(1))           # every number has a range
+    script.run(main, flags)                      # 2 where main raises
 
-Outside of the environment a script ends with one line, and exit code 2. Ctrl-C and SIGTERM end it
-with the command that goes on, and exit code 130 or 143. Programs that import it, such as tests, are
-left alone.
+Outside of the environment a script ends with one line, and exit code 2, as for every error; the
+traceback of what nobody foresaw is shown if PARLEY_TRACEBACK is set. Ctrl-C, SIGTERM and a closed
+terminal end it with the command that goes on, and exit code 130, 143 or 129. What is printed has no
+control characters. Programs that import it, such as tests, are left alone.
 """
 import argparse
 import contextlib
@@ -14,13 +17,21 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
+
+from records import CONTROL, rank_and_world, visible
 
 NEEDED = ("torch", "transformers", "diffusers", "huggingface_hub", "safetensors", "numpy", "scipy",
           "PIL", "tqdm")
 HERE = Path(__file__).resolve().parent
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+# what lowers the memory of each script
+SMALLER = {"finetune.py": "a smaller --micro, --chunk or --batch, or --checkpointing"}
 
 
+# ---------------------------------------------------------------- flags
 class Parser(argparse.ArgumentParser):
     """Of a script's flags. A wrong one is a ValueError of one line, as every other fault."""
 
@@ -32,15 +43,88 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")
 
 
+def whole(least, most=10 ** 9):
+    """The type of a flag that takes a whole number from least to most."""
+    return ranged(int, "a whole number", least, most)
+
+
+def real(least, most=10 ** 9):
+    """The type of a flag that takes a finite number from least to most."""
+    return ranged(float, "a number", least, most)
+
+
+def ranged(kind, what, least, most):
+    def read(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:           # nan is not
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {least:g} to {most:g}")
+    return read
+
+
+def typed(parser, args):
+    """The names of the flags whose values are not the defaults."""
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
+# ---------------------------------------------------------------- a run
 def run(main, flags):
-    """Exits with what main(flags()) returns; 2, after a line, where it raises what cannot be."""
+    """Exits with what main(flags()) returns; 2, after a line, where it raises."""
     ready_to_stop()
     sys.stdout.reconfigure(errors="backslashreplace")     # words that this terminal can't show
+    sys.stdout, sys.stderr = Plain(sys.stdout), Plain(sys.stderr)
+    args = None
     try:
-        sys.exit(main(flags()))
-    except (ValueError, OSError) as e:
-        say(" ".join(str(e).split()))
-        sys.exit(2)
+        args = flags()
+        code = main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:                      # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as e:
+        if "PARLEY_TRACEBACK" in os.environ:
+            raise
+        say(one_line_of(e, args))
+        code = 2
+    sys.exit(code)
+
+
+def one_line_of(error, args):
+    """What ended a script, and the remedy. ValueError and OSError are written to be read; of all
+    others the place is told, and the models that were in use."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        smaller = SMALLER.get(name(), "a smaller --batch")
+        return f"out of memory: {smaller} takes less ({text[:150]})"
+    if isinstance(error, ValueError | OSError):
+        return text
+    road = traceback.extract_tb(error.__traceback__)
+    place = next(step for step in reversed(road) if Path(step.filename).parent == HERE)
+    models = [f"--{kind} {getattr(args, kind)!r}" for kind in ("captioner", "generator")
+              if getattr(args, kind, None)]
+    return (f"{type(error).__name__} in {Path(place.filename).name}, {place.name}: {text[:200]}; "
+            f"with {' '.join(models) or 'no model'}: are its files whole? PARLEY_TRACEBACK=1 shows "
+            "where")
+
+
+class Plain:
+    """A stream that shows control characters as escapes; a bar's carriage return passes."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        parts = [visible(part) for part in text.split("\r")] if CONTROL.search(text) else [text]
+        try:
+            return self.stream.write("\r".join(parts))
+        except BrokenPipeError:
+            if self.stream.fileno() == 1:
+                raise
+            return 0                             # nobody reads the bars
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def look_around():
@@ -53,20 +137,21 @@ def look_around():
 
 
 def ready_to_stop():
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in STOPS:
+        signal.signal(number, stop)
 
 
 def stop(number, frame):
     """Of a signal: ends the process at once, with the command that goes on. (An exception would
     have to get past whoever catches all, as some libraries do while they are imported.)"""
-    if os.environ.get("RANK", "0") == "0":       # of torchrun's processes, one speaks
+    if rank_and_world()[0] == 0:                 # of torchrun's processes, one speaks
         again = ["python", *sys.orig_argv[1:]]
         if "LOCAL_WORLD_SIZE" in os.environ:
             again = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
-        line = f"stopped; this goes on: {shlex.join(again)}"
-        os.write(2, os.fsencode(f"\n{name()}: {line}\n"))       # a bar may stand before it
-    with contextlib.suppress(RuntimeError):      # it was just being written to
+        line = visible(f"{name()}: stopped; this goes on: {shlex.join(again)}")
+        with contextlib.suppress(OSError):       # of a terminal that is gone
+            os.write(2, os.fsencode(f"\n{line}\n"))            # a bar may stand before it
+    with contextlib.suppress(RuntimeError, OSError):            # it was just being written to
         sys.stdout.flush()
     os._exit(128 + number)
 
@@ -76,7 +161,12 @@ def name():
 
 
 def say(line):
-    print(f"{name()}: {line}", file=sys.stderr)
+    """A line to stderr; of torchrun's processes by the first, unless they have begun to differ."""
+    spread = sys.modules.get("torch.distributed")
+    apart = spread is not None and spread.is_initialized()
+    if rank_and_world()[0] == 0 or apart:
+        with contextlib.suppress(BrokenPipeError):
+            print(visible(f"{name()}: {line}"), file=sys.stderr, flush=True)
 
 
 OWN = Path(sys.argv[0]).resolve()

@@ -21,6 +21,8 @@ import numpy as np
 import data
 import judges
 import metrics
+import records
+from best_of_n import check_row
 
 CAPTIONS = ("B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE", "WMD", "CLIP", "SBERT")
 WITH_PICTURES = ("CLIPScore", "RefCLIPScore")
@@ -182,12 +184,32 @@ def document_frequency(items):
     return metrics.document_frequency([x.captions for x in items if x.captions])
 
 
+def made_of(folder, root, split, place):
+    """(set, split, judges) of a rerank's folder, by its settings.json; ValueError where root or
+    split, as given, are others, or where it was made of no set."""
+    if not (folder / "candidates.jsonl").exists():
+        raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
+                         "first, with --data")
+    settings = records.load_json(folder / "settings.json")
+    name = settings.get("data")
+    part = settings.get("split")
+    if name in (None, "None"):
+        raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
+                         "have no references")
+    if root and Path(root).name != Path(name).name:
+        raise ValueError(f"{folder} was made of {name}, not of --data {root}")
+    if split and split != part:
+        raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
+    return root or name, None if part == "None" else part, place or settings.get("judges", "none")
+
+
 def groups_of(path, items, root, split):
     """{item's name: its rows} of candidates.jsonl, as many of each. ValueError where one is not of
     these items."""
     known = {x.name: x for x in items}
     groups = {}
-    for row in data.read_rows(path):
+    for number, row in enumerate(records.read_rows(path), 1):
+        check_row(row, path.parent, f"{path}, line {number}")
         item = known.get(row["item"])
         given = row["input"]
         if row["direction"] == IMAGE:

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bridge
 import cycle
-import data
 import finetune
 import losses
 import metrics
+import records
 import script
 from captioners import Captioner
 from generators import Generator, few_steps
@@ -342,7 +342,7 @@ def real_step(options, captioner, generator, name, out):
         argv += ["--side", "384"]
     if finetune.main(finetune.flags(argv)):
         raise ValueError(f"finetune.py {' '.join(argv)} did not come to its end")
-    log = data.read_rows(Path(out) / "log.jsonl")
+    log = records.read_rows(Path(out) / "log.jsonl")
     return {"s": min(8 / row["images_per_s"] for row in log[2:]),
             "GiB": torch.cuda.max_memory_allocated() / 2 ** 30,
             "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}

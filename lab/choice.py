@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import kendalltau, rankdata
 
-import data
 import losses
+import records
 from lab import findings, keep
 from lab.findings import columns, jobs, judge, loss_of, qualities, quality_of, speakers
 from lab.keep import DOMAINS, HERE, by_domain, mean_of, scene_of, timed
@@ -232,7 +232,7 @@ def val(lab):
 def test(lab):
     """Scores x (UNet evaluations, seconds, quality minus the strongest beam search's)."""
     # val's choice, as committed: a smaller share has too few scenes to choose
-    chosen_on_val = data.load_json(HERE / "results/choice_val.json")
+    chosen_on_val = records.load_json(HERE / "results/choice_val.json")
     strongest = chosen_on_val["strongest"]
     rule = chosen_on_val["best rule"]
     takes = TAKES | {rule: BOTH}

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 import cycle
-import data
 import judges
 import losses
 import metrics
+import records
 from captioners import Captioner
 from generators import Generator, few_steps
 from lab import keep
@@ -299,14 +299,14 @@ def check(lab):
     scenes = max(12, lab.count(300))             # its sheet shows twelve
     keep.command("-m", "miniature.check", "--scenes", scenes, "--work", path.parent,
                  "--threads", lab.processes, threads=lab.processes, accepted=(0, 1))
-    lab.keep("check", {"figures": data.load_json(path)})
+    lab.keep("check", {"figures": records.load_json(path)})
 
 
 def scores(lab):
     """Tables 3 and 4 of the shipped models."""
     path = lab.work / "evaluate"
     keep.command("evaluate.py", "--ci", "--limit", lab.count(100), "--out", path)
-    found = data.load_json(path / "results.json")
+    found = records.load_json(path / "results.json")
     lab.keep("scores", {"captions": found["captions"], "images": found["images"]})
 
 

@@ -27,6 +27,7 @@ import judges
 import loading
 import losses
 import metrics
+import records
 import script
 from lab import keep
 from rerank import speakers
@@ -59,7 +60,7 @@ def flags(argv=None):
 def flickr8k(path):
     """{picture: {image_path, ground_truth: references, human_judgement: [{caption, rating}]}}, as
     Flickr8k-Expert (Hodosh et al. 2013) circulates since CLIPScore."""
-    given = [(x, y) for x in data.load_json(path).values() for y in x["human_judgement"]]
+    given = [(x, y) for x in records.load_json(path).values() for y in x["human_judgement"]]
     rows = [(x["image_path"], y["caption"], x["ground_truth"]) for x, y in given]
     ratings = [y["rating"] for _, y in given]
     return rows, {"tau-b": ("b", ratings, True), "tau-c": ("c", ratings, True)}
@@ -92,8 +93,8 @@ def pascal50s(path):
 def thumb(path):
     """JSON lines {image, hyp, SYS, seg_id, P, R, human_score}, those of THumB 1.0 (Kasai et al.
     2022), and beside them mscoco_references.json, lines {seg_id, refs}."""
-    given = data.read_rows(path)
-    beside = data.read_rows(path.with_name("mscoco_references.json"))
+    given = records.read_rows(path)
+    beside = records.read_rows(path.with_name("mscoco_references.json"))
     references = {str(row["seg_id"]): row["refs"] for row in beside}
     rows = [(x["image"], x["hyp"], references[str(x["seg_id"])] if beside else []) for x in given]
     columns = {}
@@ -121,7 +122,7 @@ def read(name, path):
     them)}; measure: b, c of Kendall's tau, pearson, pairs of rows. ValueError of another shape."""
     try:
         rows, columns = BENCHMARKS[name](path)
-        pairs = [(picture, data.one_line(caption)) for picture, caption, _ in rows]
+        pairs = [(picture, records.one_line(caption)) for picture, caption, _ in rows]
         for key, (measure, ratings, some) in columns.items():
             ratings = np.array(ratings, float)
             if not rows or not np.isfinite(ratings).all():
@@ -194,8 +195,8 @@ def picture_scores(pairs, names, args):
     folder = args.out.with_suffix("")
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     if (folder / "settings.json").exists():
-        data.same_settings(folder, settings)
-    known = {(row["picture"], row["caption"]): row for row in data.read_rows(kept)}
+        records.same_settings(folder, settings)
+    known = {(row["picture"], row["caption"]): row for row in records.read_rows(kept)}
     if known:
         say(f"{len(known)} captions are in {kept}: they are not scored again")
     left = collections.defaultdict(list)
@@ -203,9 +204,9 @@ def picture_scores(pairs, names, args):
         if name in files and (name, caption) not in known:
             left[name].append(caption)
     for rows in score(left, files, args) if left else ():
-        data.same_settings(folder, settings)     # only now: what came to nothing binds nobody
+        records.same_settings(folder, settings)     # only now: what came to nothing binds nobody
         loading.record_revisions(folder)
-        data.append_rows(kept, rows)
+        records.append_rows(kept, rows)
         known |= {(row["picture"], row["caption"]): row for row in rows}
     say(f"{len(files)} of {len(names)} pictures are there")
     cut = sum(row.get("cut", False) for row in known.values())
@@ -255,7 +256,7 @@ def main(args):
         print(name.ljust(10), *map("{:.3f}".format, found[name].values()), sep="\t")
     result = {"about": vars(args), "judgments": rows.sum(), "agreement": found}
     text = json.dumps(keep.rounded(result, 8), indent=1, default=str)
-    data.write_text(args.out, text + "\n")
+    records.write_text(args.out, text + "\n")
 
 
 if __name__ == "__main__":

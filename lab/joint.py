@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 import cycle
-import data
 import losses
 import metrics
+import records
 from captioners import Captioner
 from generators import Generator, few_steps
 from lab import keep
@@ -234,7 +234,7 @@ def tuned(lab):
 
 def committed(lab):
     """What the committed run chose, in as many steps as this share has."""
-    found = data.load_json(keep.HERE / "results/variants.json")["chosen"]
+    found = records.load_json(keep.HERE / "results/variants.json")["chosen"]
     for like in ("paired", "own", "known"):
         steps = lab.count(found[like].pop("steps"))
         found[like] = Settings(tr=found["tr"], steps=steps, **found[like])
@@ -333,7 +333,7 @@ def joint(lab):
     found = taught(lab, list(TABLE))
     norms = {}
     for name in ("all four", "own words: all four"):
-        first = data.read_rows(Path(folder(lab, f"{name} 0")) / "log.jsonl")[0]
+        first = records.read_rows(Path(folder(lab, f"{name} 0")) / "log.jsonl")[0]
         norms[name] = {key: value for key, value in first.items() if key.startswith("norm_")}
     lab.keep("joint", found | {"norms": norms})
 
@@ -389,7 +389,7 @@ def cost(lab):
     path = lab.work / "bench.json"
     keep.command("-m", "lab.bench", "step", "--threads", lab.processes, "--json", path,
                  threads=lab.processes)
-    lab.keep("cost", {"step": data.load_json(path)["step"]})
+    lab.keep("cost", {"step": records.load_json(path)["step"]})
 
 
 def measure(part, lab):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import metrics
+import records
 import script
 from miniature import world
 
@@ -73,12 +73,12 @@ class Lab:
         """
         path = self.work / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = {row["key"]: row for row in data.read_rows(path)}
+        rows = {row["key"]: row for row in records.read_rows(path)}
         left = [(work, key, job) for key, job in jobs.items() if key not in rows]
         if left:
             with multiprocessing.get_context("spawn").Pool(self.processes, alone) as pool:
                 for row in tqdm(pool.imap(do, left), total=len(left), desc=name):
-                    data.append_rows(path, [row])
+                    records.append_rows(path, [row])
                     rows[row["key"]] = row
                 pool.close()
                 pool.join()
@@ -90,7 +90,7 @@ class Lab:
                  "share": self.share, "dtype": "float32"}
         self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"about": about} | rounded(found), indent=1)
-        data.write_text(self.out / f"{part}.json", text + "\n")
+        records.write_text(self.out / f"{part}.json", text + "\n")
 
 
 def command(*argv, threads=1, accepted=(0,)):

@@ -10,7 +10,7 @@ the numbers that README.md says, by lab/claims.json.
 import re
 from pathlib import Path
 
-import data
+import records
 import script
 from lab import figures, keep
 from lab.keep import DOMAINS
@@ -57,7 +57,7 @@ def flags(argv=None):
 # ---------------------------------------------------------------- numbers as text
 def read(folder):
     """{part: its JSON} of a folder; beside them the few numbers that come of two others."""
-    found = {path.stem: data.load_json(path) for path in sorted(Path(folder).glob("*.json"))}
+    found = {path.stem: records.load_json(path) for path in sorted(Path(folder).glob("*.json"))}
     if "cost" in found:
         steps = found["cost"]["step"]
         apart = steps["tg and ig, apart"]
@@ -114,7 +114,7 @@ def filled(mark, found):
 def claims():
     """{name: text} of what README.md says of the committed results, by lab/claims.json."""
     found = read(RESULTS)
-    marks = data.load_json(HERE / "claims.json")
+    marks = records.load_json(HERE / "claims.json")
     return {name: filled(mark, found) for name, mark in marks.items()}
 
 
@@ -317,7 +317,7 @@ def main(args):
         raise ValueError(f"{args.folder} has no results: run python -m lab.findings")
     own = args.folder.resolve() == RESULTS
     path = HERE.parent / "RESULTS.md" if own else args.folder / "RESULTS.md"
-    data.write_text(path, page(args.folder))
+    records.write_text(path, page(args.folder))
     figures.draw(args.folder, found)
     print(f"report.py: {path}, and figures in {args.folder}")
     return 0

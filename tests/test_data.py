@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import data
 import pictures
+import records
 from miniature import world
 
 
@@ -93,7 +94,7 @@ def imagefolder(tmp_path_factory):
         for row in found:
             name = os.path.relpath(row["image"]["path"], folder)
             said = row["text"] if isinstance(row["text"], list) else [row["text"]]
-            out.setdefault(name, []).extend(map(data.one_line, said))
+            out.setdefault(name, []).extend(map(records.one_line, said))
         return out
     return read
 
@@ -174,7 +175,7 @@ def test_a_folder_may_be_named_in_any_way(tmp_path, monkeypatch, name):
 
 def test_what_pillow_reads_is_read_in_a_folder(tmp_path, capsys):
     """What people have as pictures of it; the others are told, once, hidden ones are none."""
-    data.say.cache_clear()
+    records.say.cache_clear()
     names = [f"x.{end}" for end in ("avif", "jfif", "jp2", "ppm", "PNG", "webp", "tif", "gif", "bmp")]
     put(tmp_path, [*names, "sub/.thumb.png", ".cache/x.png"])
     for name in ("x.heic", "y.HEIC", "movie.mp4", "x.pdf", "x.svg"):
@@ -193,7 +194,7 @@ def test_what_pillow_reads_is_read_in_a_folder(tmp_path, capsys):
 # ---------------------------------------------------------------- splits of a folder
 def test_a_share_is_held_out_and_stays(tmp_path, capsys):
     """By the name alone: what is trained on is never evaluated, also when pictures were added."""
-    data.say.cache_clear()
+    records.say.cache_clear()
     put(tmp_path, [f"{i}.png" for i in range(60)])
     (tmp_path / "metadata.jsonl").write_text(rows(*((f"{i}.png", "x") for i in range(50))))
     before = {split: {x.name for x in data.read(tmp_path, split)} for split in ("train", "val", "test")}
@@ -320,9 +321,9 @@ def test_what_is_missing_is_named(tmp_path):
         data.read(tmp_path)
     (tmp_path / "x.json").write_text("[1,")
     with pytest.raises(ValueError, match="x.json is no JSON that can be read"):
-        data.load_json(str(tmp_path / "x.json"))
+        records.load_json(str(tmp_path / "x.json"))
     with pytest.raises(ValueError, match="y.json is missing: put it there"):
-        data.load_json(tmp_path / "y.json")
+        records.load_json(tmp_path / "y.json")
 
 
 def test_the_split_a_set_is_evaluated_on(tmp_path):
@@ -491,16 +492,16 @@ def test_save_and_open_agree(tmp_path):
 def test_rows_come_back(tmp_path):
     """Every character, also those at which other readers break a line."""
     path = tmp_path / "rows.jsonl"
-    assert data.read_rows(path) == []
+    assert records.read_rows(path) == []
     rows = [{"item": "a\u2028b\x85c\n", "caption": "ein Fu\u00dfg\u00e4nger"},
             {"n": {"x": None}}, {"y": 1.5}]
-    data.append_rows(path, rows[:1])
-    data.append_rows(str(path), rows[1:])
-    assert data.read_rows(path) == rows and path.read_bytes().count(b"\n") == 3
-    data.write_rows(path, rows[1:])
-    assert data.read_rows(str(path)) == rows[1:]
+    records.append_rows(path, rows[:1])
+    records.append_rows(str(path), rows[1:])
+    assert records.read_rows(path) == rows and path.read_bytes().count(b"\n") == 3
+    records.write_rows(path, rows[1:])
+    assert records.read_rows(str(path)) == rows[1:]
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\n\n")
-    assert data.read_rows(path) == rows[1:]
+    assert records.read_rows(path) == rows[1:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -512,12 +513,12 @@ def test_a_name_that_is_no_utf_8_loses_nothing(tmp_path):
     assert os.fsencode(item.path).endswith(b"/caf\xe9.png") and data.open_image(item.path).shape == (3, 4, 4)
     out = tmp_path / "out"
     out.mkdir()
-    data.append_rows(out / "rows.jsonl", [{"item": item.name, "input": str(item.path)}])
-    data.write_rows(out / "again.jsonl", data.read_rows(out / "rows.jsonl"))
-    data.write_text(out / "best.json", json.dumps({item.name: "\u00df"}, ensure_ascii=False))
-    row, = data.read_rows(out / "again.jsonl")
+    records.append_rows(out / "rows.jsonl", [{"item": item.name, "input": str(item.path)}])
+    records.write_rows(out / "again.jsonl", records.read_rows(out / "rows.jsonl"))
+    records.write_text(out / "best.json", json.dumps({item.name: "\u00df"}, ensure_ascii=False))
+    row, = records.read_rows(out / "again.jsonl")
     assert row == {"item": item.name, "input": str(item.path)}
-    assert data.load_json(out / "best.json") == {item.name: "\u00df"}
+    assert records.load_json(out / "best.json") == {item.name: "\u00df"}
     (out / "best.json").read_bytes().decode()                  # UTF-8 itself
     name = data.picture_name(item.name, 1)
     assert name.endswith(f"{hashlib.sha1(os.fsencode(item.name)).hexdigest()[:8]}-1")
@@ -528,11 +529,11 @@ def test_a_mark_before_a_text_is_no_part_of_it(tmp_path):
     """Windows' UTF-8 begins with one (BOM)."""
     path = tmp_path / "x"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
-    assert data.read_rows(path) == [{"a": 1}, {"a": 2}]
+    assert records.read_rows(path) == [{"a": 1}, {"a": 2}]
     path.write_bytes(b"\xef\xbb\xbf[1]")
-    assert data.load_json(path) == [1]
+    assert records.load_json(path) == [1]
     path.write_bytes("\ufeffa red ball\r\n\r\n a  b \u2028c\nd".encode())
-    assert data.read_lines(path) == ["a red ball", "a b c", "d"]
+    assert records.read_lines(path) == ["a red ball", "a b c", "d"]
 
 
 def test_a_kill_anywhere_costs_one_row(tmp_path):
@@ -540,15 +541,15 @@ def test_a_kill_anywhere_costs_one_row(tmp_path):
     appended afterwards too."""
     path = tmp_path / "rows.jsonl"
     rows = [{"item": 1}, {"item": "\u00df", "scores": {"a": {"b": -1.5}}, "more": [True, None, {}]}]
-    data.append_rows(path, rows)
+    records.append_rows(path, rows)
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
     for end in range(first, len(whole)):
         path.write_bytes(whole[:end])
         kept = rows if end == len(whole) - 1 else rows[:1]        # only the line's end is missing
-        assert data.read_rows(path) == kept
-        data.append_rows(path, [{"item": 2}])
-        assert data.read_rows(path) == [*kept, {"item": 2}]
+        assert records.read_rows(path) == kept
+        records.append_rows(path, [{"item": 2}])
+        assert records.read_rows(path) == [*kept, {"item": 2}]
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1,, "b": 2}', b"hello", b"[1]", b"5", b'{"a": 1} }',
@@ -557,7 +558,7 @@ def test_what_no_kill_leaves_is_refused(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 0}\n' + line + b'\n{"a": 2}\n')
     with pytest.raises(ValueError, match="rows.jsonl, line 2"):
-        data.read_rows(path)
+        records.read_rows(path)
 
 
 def test_rows_of_an_item_are_one_write(tmp_path):
@@ -565,12 +566,12 @@ def test_rows_of_an_item_are_one_write(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = ("import data, sys\nfor i in range(60):\n"
             "    rows = [{'by': sys.argv[2], 'i': i, 'j': j} for j in range(20)]\n"
-            "    data.append_rows(sys.argv[1], rows)")
+            "    records.append_rows(sys.argv[1], rows)")
     command = [sys.executable, "-c", code, str(path)]
     root = Path(data.__file__).parent
     workers = [subprocess.Popen([*command, name], cwd=root) for name in "ab"]
     assert [worker.wait() for worker in workers] == [0, 0]
-    rows = data.read_rows(path)
+    rows = records.read_rows(path)
     for start in range(0, len(rows), 20):
         assert len({(row["by"], row["i"]) for row in rows[start:start + 20]}) == 1
     assert len(rows) == 2 * 60 * 20
@@ -578,29 +579,29 @@ def test_rows_of_an_item_are_one_write(tmp_path):
 
 def test_text_is_old_or_new(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.txt"
-    data.write_text(path, "old \u00df")
+    records.write_text(path, "old \u00df")
     assert path.read_bytes() == "old \u00df".encode()
 
     def killed(*args):
         raise KeyboardInterrupt
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.write_text(str(path), "new")
+        records.write_text(str(path), "new")
     assert path.read_text(encoding="utf-8") == "old \u00df"
     monkeypatch.undo()
-    data.write_text(path, "new")
+    records.write_text(path, "new")
     assert path.read_text() == "new"
 
 
 def test_a_run_goes_on_only_as_it_began(tmp_path):
     out = tmp_path / "out"
-    assert data.same_settings(out, {"n": "10", "ckpt": "None"}) is False
+    assert records.same_settings(out, {"n": "10", "ckpt": "None"}) is False
     assert json.loads((out / "settings.json").read_text()) == {"n": "10", "ckpt": "None"}
     before = (out / "settings.json").read_bytes()
-    assert data.same_settings(out, {"n": "10", "ckpt": "None"}) is True
-    assert data.same_settings(str(out), {"n": "10", "ckpt": "None", "new": "None"}) is True
+    assert records.same_settings(out, {"n": "10", "ckpt": "None"}) is True
+    assert records.same_settings(str(out), {"n": "10", "ckpt": "None", "new": "None"}) is True
     with pytest.raises(ValueError) as e:
-        data.same_settings(out, {"n": "11", "ckpt": "x", "new": "1"})
+        records.same_settings(out, {"n": "11", "ckpt": "x", "new": "1"})
     assert str(e.value) == (f"{out} holds a run with other settings (n was 10, is 11; ckpt was "
                             "None, is x; new was None, is 1): choose another --out")
     assert (out / "settings.json").read_bytes() == before
@@ -620,10 +621,10 @@ def test_pictures_have_short_names_of_their_own():
 def test_rank_and_world(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert data.rank_and_world() == (0, 1)
+    assert records.rank_and_world() == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert data.rank_and_world() == (3, 8)
+    assert records.rank_and_world() == (3, 8)
 
 
 # ---------------------------------------------------------------- the public sets
@@ -737,7 +738,7 @@ def test_a_missing_file_is_named_with_its_command(tmp_path):
     with pytest.raises(ValueError, match="is missing: wget -c .*nocaps_val_4500_captions.json$"):
         data.read(tmp_path, "out")
     with pytest.raises(ValueError, match="is missing: wget -c .*md5sum -c$"):
-        data.load_json(tmp_path / "coco_karpathy_val.json")
+        records.load_json(tmp_path / "coco_karpathy_val.json")
     with pytest.raises(ValueError, match="x.png is missing: no such picture"):
         data.open_image(tmp_path / "x.png")
 

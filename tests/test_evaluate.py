@@ -14,6 +14,7 @@ import data
 import evaluate
 import judges
 import metrics
+import records
 import rerank
 import tables
 from captioners import Captioner
@@ -70,7 +71,7 @@ def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monk
 def test_a_domain_is_the_mean_of_its_items(whole):
     """One document frequency over all; BLEU anew for each subset."""
     out, results = whole
-    said = {r["item"]: r["caption"] for r in data.read_rows(out / "captions-0.jsonl")}
+    said = {r["item"]: r["caption"] for r in records.read_rows(out / "captions-0.jsonl")}
     items = {x.name: x for x in data.read("miniature", "nocaps")}
     names = list(said)
     each = metrics.cider(list(said.values()), [items[k].captions for k in names])
@@ -84,7 +85,7 @@ def test_a_domain_is_the_mean_of_its_items(whole):
         assert found["B@4"]["value"] == pytest.approx(100 * bleu[3])
     judge = judges.load(["dino"], "image", "miniature")[0]["dino"]
     alike = []
-    for row in data.read_rows(out / "images-0.jsonl"):
+    for row in records.read_rows(out / "images-0.jsonl"):
         drawn = data.open_image(out / row["picture"])
         real = data.open_image(items[row["item"]].path)
         assert drawn.shape == (3, 32, 32)
@@ -154,8 +155,8 @@ def test_every_process_takes_its_share(tmp_path, monkeypatch, whole, captioner):
     for path in tmp_path.glob("*.hidden"):
         path.rename(path.with_suffix(".jsonl"))
     files = sorted(tmp_path.glob("captions-*.jsonl"))
-    assert [len(data.read_rows(path)) for path in files] == [6, 6]
-    one = data.read_rows(whole[0] / "captions-0.jsonl")
+    assert [len(records.read_rows(path)) for path in files] == [6, 6]
+    one = records.read_rows(whole[0] / "captions-0.jsonl")
     assert evaluate.kept(tmp_path, "captions") == {row["item"]: row for row in one}
     assert not evaluate.share(items, tmp_path, "captions")
 
@@ -248,7 +249,7 @@ def test_names_that_look_alike_are_drawn_apart(tmp_path):
     for i, name in enumerate(names):
         data.save_image(torch.full((3, 32, 32), i / 4), tmp_path / "set" / name)
         rows.append({"file_name": name, "text": f"number {i}"})
-    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    records.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "grey.py").write_text(
         "import torch\nclass Grey:\n"
         "    def draw(self, captions, items=None, seed=0, **settings):\n"
@@ -397,7 +398,7 @@ def plant(folder, items, made="miniature nocaps"):
             rows.append({"item": item.name, "direction": "image-text-image", "candidate": j,
                          "input": str(item.path), "picture": "", "caption": caption,
                          "scores": scores})
-    data.write_rows(folder / "candidates.jsonl", rows)
+    records.write_rows(folder / "candidates.jsonl", rows)
     name, _, split = made.rpartition(" ")
     settings = {"data": name or "None", "split": split, "judges": "miniature"}
     write(folder / "settings.json", settings)
@@ -465,11 +466,11 @@ def test_findings_of_a_rerank_of_texts(tmp_path):
     assert {k.split(" by ")[0] for k in found} == {"CLIP", "DINO"}
     assert list(found["DINO by clip"]) == ["near", "all"]
     first = data.read("miniature", "near")[0]
-    rows = data.read_rows(tmp_path / "candidates.jsonl")
+    rows = records.read_rows(tmp_path / "candidates.jsonl")
     inputs = {r["input"] for r in rows if r["item"] == first.name}
     assert inputs == {first.captions[0]}                              # the text, not the picture
     second = data.read("miniature", "near")[1]
-    data.write_rows(tmp_path / "candidates.jsonl", [
+    records.write_rows(tmp_path / "candidates.jsonl", [
         row | {"picture": None, "scores": {"clip": None}} if row["item"] == second.name else row
         for row in rows])
     with pytest.raises(ValueError, match="fewer than two items"):     # a picture was no numbers
@@ -524,7 +525,7 @@ def test_pictures_that_are_no_numbers_are_named_and_left_out(tmp_path, images, c
     for i in range(4):
         data.save_image(images[i], tmp_path / f"set/{i}.png")
         rows.append({"file_name": f"{i}.png", "text": "a ring" if i % 2 else "a star"})
-    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    records.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "half.py").write_text(
         "import torch\nclass Half:\n"
         "    def draw(self, captions, items=None, seed=0, **settings):\n"
@@ -538,7 +539,7 @@ def test_pictures_that_are_no_numbers_are_named_and_left_out(tmp_path, images, c
     assert "2 of 4 pictures came out as no numbers" in " ".join(results["notes"])
     assert "0.png, 2.png" in capsys.readouterr().err
     assert len(list((tmp_path / "out/pictures").iterdir())) == 2
-    data.write_rows(tmp_path / "set/metadata.jsonl", [row | {"text": "a star"} for row in rows])
+    records.write_rows(tmp_path / "set/metadata.jsonl", [row | {"text": "a star"} for row in rows])
     with pytest.raises(ValueError, match="none of the 4 pictures came out as numbers"):
         run(tmp_path / "none", *argv)
 
@@ -548,7 +549,7 @@ def test_nothing_evaluated_is_an_error(tmp_path):
     rows = [{"file_name": f"{i}.png", "text": "a ring"} for i in range(3)]
     for row in rows:
         (tmp_path / "set" / row["file_name"]).write_text("no picture")
-    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    records.write_rows(tmp_path / "set/metadata.jsonl", rows)
     for only, reason in (("captions", "none of the 3 pictures could be read"),
                          ("images", "none of the 3 pictures can be read")):
         with pytest.raises(ValueError, match=reason):
@@ -562,7 +563,7 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path, images, capsys):
     for i in range(4):
         data.save_image(images[i], tmp_path / f"set/{i}.png")
         rows += [{"file_name": f"{i}.png", "text": f"a {c} ring"} for c in ("red", "blue")]
-    data.write_rows(tmp_path / "set/metadata.jsonl", rows)
+    records.write_rows(tmp_path / "set/metadata.jsonl", rows)
     (tmp_path / "set/2.png").write_text("no picture")
     results = run(tmp_path / "out", "--data", tmp_path / "set", "--split", "all", "--steps", 2)
     assert results["captions"]["all"]["n"] == results["images"]["all"]["n"] == 3

@@ -22,6 +22,7 @@ import checkpoints
 import data
 import finetune
 import losses
+import records
 import rerank
 from captioners import Captioner
 from cycle import chance
@@ -178,7 +179,7 @@ def test_two_processes_train_as_one(double, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_line_goes_on(whole, tmp_path, monkeypatch, capsys, number, code):
     """The printed command, typed as it is, ends where an undisturbed run does; it says what it resumes."""
-    data.say.cache_clear()
+    records.say.cache_clear()
     joint, calls, handler = losses.joint, [], signal.getsignal(number)
 
     def interrupted(*args):
@@ -700,7 +701,7 @@ def test_pictures_of_a_folder_and_a_broken_one(images, tmp_path, capsys):
         for i, c in enumerate(("red", "blue", "pink", "green"))
     ]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data.say.cache_clear()
+    records.say.cache_clear()
     run(tmp_path / "out", "--data", folder, "--split", "all", "--steps", 3)
     err = capsys.readouterr().err
     assert err.count("3.png is not a picture") == 1
@@ -724,13 +725,13 @@ def test_a_share_of_a_folder_is_held_out(images, tmp_path, capsys):
     run(tmp_path / "out", "--data", folder, "--steps", 1, "--losses", "tg", "--held", 64)
     said = capsys.readouterr().out
     assert f"{len(held)} held-out samples" in said and log(tmp_path / "out")[0]["held"]["tg"] > 0
-    data.say.cache_clear()
+    records.say.cache_clear()
     own = batches.Samples(folder, "val", described=False)
     for trained in ([batches.Samples(folder, "all")], [training, own]):
         assert batches.held_out(folder, 64, trained) is None
     said = capsys.readouterr().err
     assert f"finetune.py: nothing is held out: all of {folder}, val, is trained on\n" in said
-    data.say.cache_clear()
+    records.say.cache_clear()
     (tmp_path / "set/train").mkdir()
     (tmp_path / "set/0.png").rename(tmp_path / "set/train/0.png")
     (tmp_path / "set/test").mkdir()

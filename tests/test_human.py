@@ -17,6 +17,7 @@ from scipy.io import savemat
 import cycle
 import data
 import losses
+import records
 from lab import human, keep
 from miniature import world
 
@@ -107,8 +108,8 @@ def thumb(judged, folder):
             rows.append({"SYS": system, "seg_id": str(i), "set_id": i, "hyp": caption, "image": name,
                          "P": float(rating), "R": float(rating) - i % 2, "Fl": -0.0, "Inc": -0.0,
                          "Con": -0.0, "human_score": rating - .5 * (i % 2)})
-    data.write_rows(folder / "thumb.jsonl", rows)
-    data.write_rows(folder / "mscoco_references.json", beside)
+    records.write_rows(folder / "thumb.jsonl", rows)
+    records.write_rows(folder / "mscoco_references.json", beside)
 
 
 def arguments(name, files, pictures, out):
@@ -229,7 +230,7 @@ def test_pearson_of_some_rows():
 
 # ---------------------------------------------------------------- scores that see the pictures
 def test_scores_are_what_their_names_say(scored, pictures, captioner, generator):
-    rows = data.read_rows(scored.with_suffix(".jsonl"))
+    rows = records.read_rows(scored.with_suffix(".jsonl"))
     assert len(rows) == 3 * COUNT and not any(row["cut"] for row in rows)
     clip = human.judges.load(["clip"], "image", "miniature")[0]["clip"]
     for row in rows[4:9:4]:
@@ -264,7 +265,7 @@ def test_a_killed_run_goes_on(files, pictures, scored, tmp_path, captioner, gene
     monkeypatch.setattr(human, "speakers", lambda *names: (captioner, generator))
     measured("flickr8k", files, pictures, out)
     assert f"{3 * COUNT - 1} captions are in {kept}: they are not scored again" in capsys.readouterr().err
-    first, again = data.read_rows(scored.with_suffix(".jsonl")), data.read_rows(kept)
+    first, again = records.read_rows(scored.with_suffix(".jsonl")), records.read_rows(kept)
     assert again[:-1] == first[:-1]
     for name, value in again[-1].items():
         assert value == first[-1][name] or value == pytest.approx(first[-1][name], abs=1e-4)

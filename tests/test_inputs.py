@@ -7,6 +7,7 @@ from PIL import Image
 
 import data
 import inputs
+import records
 from miniature import world
 
 
@@ -68,7 +69,7 @@ def test_given_captions(tmp_path, name, text):
     elif name == "x.json":
         (tmp_path / name).write_text(json.dumps(text))
     else:
-        data.write_rows(tmp_path / name, text)
+        records.write_rows(tmp_path / name, text)
     found = inputs.given_captions(str(tmp_path / name))
     assert list(found.given.values()) == [["one", "two"], ["three"]] and found.notes == []
     assert [x.path for x in found.items] == [tmp_path / "in/a.png", tmp_path / "in/b.png"]
@@ -113,7 +114,7 @@ def test_given_pictures(here):
     found = inputs.given_pictures("x.json")
     assert found.direction == inputs.TEXT and [x.name for x in found.items] == ["a ring", "box"]
     assert [p.name for p in found.given["a ring"]] == ["a.png", "b.jpg", "a.png"]
-    data.write_rows("x.jsonl", [{"prompt": "a ring", "images": ["a.png"]}, {"prompt": "a ring", "image": "b.jpg"}])
+    records.write_rows("x.jsonl", [{"prompt": "a ring", "images": ["a.png"]}, {"prompt": "a ring", "image": "b.jpg"}])
     assert [p.name for p in inputs.given_pictures("x.jsonl").given["a ring"]] == ["a.png", "b.jpg"]
     for name in ("in/a-ring", "in/a box", "in/.hidden"):
         (here / name).mkdir(parents=True)

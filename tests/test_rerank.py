@@ -17,6 +17,7 @@ import cycle
 import data
 import judges
 import losses
+import records
 import rerank
 from captioners import Captioner
 from generators import Generator
@@ -289,15 +290,15 @@ def test_ranks_by_hand():
 
 def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
     lines = [{"item": "a", "candidate": j} for j in (0, 1)] + [{"item": "b", "candidate": 0}]
-    data.write_rows(tmp_path / "candidates.jsonl", lines)
+    records.write_rows(tmp_path / "candidates.jsonl", lines)
     assert best_of_n.finished(tmp_path, 2) == {"a": lines[:2]}
     # counts may differ by item; what was cut off and done again counts as done
     many = [{"item": x, "candidate": j, "of": of} for x, of, stop in
             (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1)) for j in range(stop)]
-    data.write_rows(tmp_path / "candidates.jsonl", many)
+    records.write_rows(tmp_path / "candidates.jsonl", many)
     assert best_of_n.finished(tmp_path, 2) == {"a": many[3:6], "b": many[2:3]}
     given = [{"item": "a", "candidate": 0, "of": 1, "given": "x"}]
-    data.write_rows(tmp_path / "candidates.jsonl", given)
+    records.write_rows(tmp_path / "candidates.jsonl", given)
     assert best_of_n.finished(tmp_path, None, {"a": "x"}) == {"a": given}
     assert best_of_n.finished(tmp_path, None, {"a": "y"}) == {}
 
@@ -451,7 +452,7 @@ def test_captions_of_a_set_are_worth_something(tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
     some = [{"image_id": int(x.name), "captions": ["a cat", *x.captions[:i + 1]]}
             for i, x in enumerate(items)]
-    data.write_rows(file, some)
+    records.write_rows(file, some)
     how = ["--captions", file, "--data", "miniature", "--steps", 0]
     assert rank(*how, out=tmp_path / "out") == 0
     found = rows(tmp_path / "out")

@@ -69,6 +69,7 @@ def readers(finished, folder):
     import best_of_n
     import checkpoints
     import data
+    import records
     import loading
     import inputs
     make.build(folder, {"coco": make.karpathy, "blip": make.blip, "nocaps": make.nocaps, "plain": make.imagefolder})
@@ -93,7 +94,7 @@ def readers(finished, folder):
             "given captions": (folder / "given.json", lambda: inputs.given_captions(folder / "given.json")),
             "given pictures": (folder / "shown.jsonl", lambda: inputs.given_pictures(folder / "shown.jsonl")),
             "candidates.jsonl": (folder / "done/candidates.jsonl", ranked),
-            "settings.json": (folder / "done/settings.json", lambda: data.same_settings(folder / "done", {"n": "2"})),
+            "settings.json": (folder / "done/settings.json", lambda: records.same_settings(folder / "done", {"n": "2"})),
             "words.jsonl": (folder / "worded/words.jsonl", lambda: best_of_n.recall_words([{"item": "a", "caption": "b", "picture": None}], folder / "worded")),
             "revisions.json": (folder / "revisions.json", lambda: loading.record_revisions(folder)),
             "a checkpoint's header": (folder / "trained/checkpoint.safetensors", lambda: checkpoints.header(folder / "trained"))}
