@@ -76,7 +76,7 @@ def rows_of(found, path):
     if isinstance(found, list):                                      # COCO's results, BLIP's rows
         for number, row in enumerate(found, 1):
             where = f"{path}, row {number}"
-            name = the(row, "image" if "image" in row else "image_id", (int, str), where)
+            name = the(row, ("image", "image_id"), (int, str), where)
             rows.append((name, the(row, "caption", (str, list), where), where))
     elif isinstance(found, dict) and "annotations" in found:         # COCO, NoCaps
         for number, row in enumerate(the(found, "annotations", list, path), 1):
@@ -87,7 +87,7 @@ def rows_of(found, path):
     elif isinstance(found, dict) and "images" in found:              # Karpathy's
         for number, row in enumerate(the(found, "images", list, path), 1):
             where = f"{path}, images, row {number}"
-            name = the(row, "cocoid" if "cocoid" in row else "imgid", (int, str), where)
+            name = the(row, ("cocoid", "imgid"), (int, str), where)
             said = [the(x, "raw", str, where) for x in the(row, "sentences", list, where)]
             rows.append((name, said, where))
             listed.append({"id": name, "file_name": row.get("filename")})

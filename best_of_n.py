@@ -161,7 +161,8 @@ def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12
         total = torch.full_like(mean, torch.nan)
         total[fine] = losses.both(scores["per_token"][fine], mean[fine])
         scores = {"both": total} | scores
-        unit["both"] = float(mean[fine].std(correction=0)) or 1.0      # of denoise, in z
+        spread = float(mean[fine].std(correction=0)) if fine.any() else 1.0
+        unit["both"] = spread or 1.0                                   # of denoise, in z
     errors, gaps = {}, {}
     for name, spread in unit.items():
         best = loss[:, [int(scores[name].nan_to_num(-torch.inf).argmax())]]
@@ -271,9 +272,15 @@ def finished(out, n, sources=None):
         rows.append(row)
     done = {}
     for item, rows in found.items():
-        whole = len(rows) == rows[0].get("of", n)
-        there = all(row["picture"] is None or (out / row["picture"]).exists() for row in rows)
-        if whole and there and made_of(rows, (sources or {}).get(item), path):
+        why = "a kill left fewer candidates" if len(rows) != rows[0].get("of", n) else ""
+        for row in rows:
+            if row["picture"] and not (out / row["picture"]).exists():
+                why = f"{row['picture']} is gone"
+        if not made_of(rows, (sources or {}).get(item), path):
+            why = "it, or its candidates, are others now"
+        if why:
+            records.say(f"{out}: {item} is done again: {why}")
+        else:
             done[item] = rows
     return done
 

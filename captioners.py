@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import foreign
 from cycle import chance
-from loading import device_and_dtype, readable_errors, resolve
+from loading import check_finite, device_and_dtype, readable_errors, resolve
 
 CAPTIONERS = {"miniature": Path(__file__).resolve().parent / "miniature/blip",
               "vitb": "Salesforce/blip-image-captioning-base",
@@ -72,7 +72,13 @@ class Captioner:
             model = model_class.from_pretrained(place, dtype=dtype, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
             processor = transformers.AutoImageProcessor.from_pretrained(place, **local)
-        return own_class(model.to(device), tokenizer, processor)
+            check_finite(model)
+            captioner = own_class(model.to(device), tokenizer, processor)
+            sees = captioner.pixels([torch.zeros(3, 8, 8)]).shape[-1]
+            if kind == "blip" and sees != model.config.vision_config.image_size:
+                raise ValueError(f"its preprocessor_config.json gives {sees} pixels a side, the "
+                                 f"model sees {model.config.vision_config.image_size}")
+        return captioner
 
     def __init__(self, model, tokenizer, processor):
         known = processor.do_normalize and int(processor.resample) in (2, 3)
@@ -93,6 +99,9 @@ class Captioner:
         # ids that are no words, such as [DEC], [ENC] and <image>: never sampled, never in a beam
         image = [i for word, i in tokenizer.get_added_vocab().items() if word == "<image>"]
         self.unsaid = [*range(len(tokenizer), len(self.head.weight)), *image]
+        if 2 * len(self.unsaid) > len(self.head.weight):
+            raise ValueError(f"its tokenizer knows {len(tokenizer)} words, the model "
+                             f"{len(self.head.weight)}: its files are of another")
 
     def set_prompt(self):
         """The ids of prompt, end, padding. BLIP's tokenizer lacks [DEC], which begins captions."""

@@ -88,6 +88,8 @@ def flags(argv=None):
                    "named after the files of the other jobs")
     args = p.parse_args(argv)
     asked = [job for job in ("score", "compare", "labelfree", "findings") if getattr(args, job)]
+    if len(asked) > 1:
+        raise ValueError(f"--{asked[0]} and --{asked[1]} are jobs of their own: give one")
     args.job = (asked or ["set"])[0]
     for name in sorted(script.typed(p, args) - {*JOBS[args.job], "out", "device", "job"}):
         if name != "anywhere":
@@ -349,7 +351,7 @@ def write(results, out):
             plain["notes"].append(f"{path} held other results: replaced")
     records.write_json(path, plain)
     text = tables.report(results)
-    records.write_text(out / "table.txt", text + "\n")
+    records.write_text(out / "table.txt", records.visible(text) + "\n")
     print(text)
     for note in dict.fromkeys(plain["notes"]):
         script.say(note)

@@ -101,7 +101,12 @@ def flags(argv=None):
         unsaid = {k: v for k, v in foreign.items() if k in needed and getattr(args, k) is None}
         if unsaid:
             checkpoints.refuse(unsaid, args.out, argv)
-    return args if args.export else complete(args)
+    if args.export:
+        return args
+    try:
+        return complete(args)
+    except ValueError as e:
+        raise ValueError(f"{args.out} was trained so: {e}" if args.resume else str(e)) from e
 
 
 def complete(args):

@@ -45,7 +45,7 @@ class Foreign:
     """A model whose captions, likelihoods and pictures are looked at."""
 
     def __init__(self, model, name):
-        self.__dict__ |= {"model": model, "name": name}
+        self.__dict__.update(model=model, name=name)
         for method in ("speak", "draw", "likelihood"):
             if hasattr(model, method):           # scripts ask what a model can do by hasattr
                 self.__dict__[method] = getattr(self, f"_{method}")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import foreign
 from cycle import chance
-from loading import device_and_dtype, readable_errors, resolve
+from loading import check_finite, device_and_dtype, readable_errors, resolve
 
 GENERATORS = {"miniature": Path(__file__).resolve().parent / "miniature/sd",
               "sd14": "CompVis/stable-diffusion-v1-4"}
@@ -46,6 +46,9 @@ class Generator:
                 # Differs: no safety checker, as a picture it blackens could not be compared
                 pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, safety_checker=None,
                                                          requires_safety_checker=False, **options)
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    check_finite(part)
         return cls(pipe.to(device))
 
     def __init__(self, pipe):

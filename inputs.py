@@ -108,7 +108,7 @@ def sentences_in(path):
     lines = records.read_lines(path) if path.lower().endswith(".txt") else records.load_json(path)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{path}: expected a JSON list of strings, or a .txt, one a line")
-    return [line for line in lines if line.strip()]
+    return [records.one_line(line, path) for line in lines if line.strip()]
 
 
 # ---------------------------------------------------------------- what exists already
@@ -194,8 +194,7 @@ def table_of(path, keys, names):
             key = next((row[name] for name in keys if name in row), None)
             values = next((row[name] for name in names if name in row), None)
         values = [values] if isinstance(values, str) else values
-        texts = isinstance(values, list) and all(
-            isinstance(value, str) and len(value) <= records.LONGEST for value in values)
+        texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
         if not isinstance(key, str | int) or not texts:
             raise ValueError(f"{path}, row {number}: expected {keys[0]!r} and {names[0]!r}, a "
                              f"string or a list of them, not {ascii(row)[:80]}")

@@ -27,6 +27,7 @@ import records
 HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
        "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
+PLACES = ("miniature", "hub", "cache", "none")
 NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert")}
 REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
 
@@ -38,6 +39,8 @@ def load(names, kind, place="hub", device="cpu", inception=None):
     fetched before), "miniature", or a folder that holds clip/, dino/, sbert/. inception: a file of
     its weights. Raises ValueError for an unknown name.
     """
+    if place not in PLACES and not Path(place).is_dir():
+        raise ValueError(f"--judges {place}: it is one of {', '.join(PLACES)}, or a folder")
     judges, absent = {}, {}
     for name in names:
         if name not in NAMES[kind]:
@@ -63,7 +66,9 @@ def encoder(name, kind, place, device):
         raise ValueError(f"there is no folder {where}")        # nor is it taken for a hub id
     found, options = loading.resolve(where, {}, "judge", cached=place == "cache")
     with loading.readable_errors(where, "judge"):
-        return Encoder(name, found, "both" if name == "clip" else kind, device, options)
+        encoder = Encoder(name, found, "both" if name == "clip" else kind, device, options)
+        loading.check_finite(encoder.model)
+        return encoder
 
 
 def default_place(captioner, generator):

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 try:
@@ -241,10 +242,12 @@ def check_file(path):
         raise OSError(f"{path} is a git-lfs pointer: `git lfs pull`, or `hf download`")
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt"):
-                pass
+            with safe_open(path, "pt") as f:
+                kinds = {f.get_slice(name).get_dtype() for name in f.keys()}
         except SafetensorError as e:
             raise OSError(f"{path} is not a whole safetensors file ({e}): fetch it again") from e
+        if not any("F" in kind for kind in kinds):         # F32, BF16
+            raise OSError(f"{path} holds no floats: these are no weights")
 
 
 @contextlib.contextmanager
@@ -254,10 +257,19 @@ def readable_errors(name, kind):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as e:                       # of no common class
         reason = torchvision_fault() or " ".join(str(e).split())[:300]
         raise ValueError(f"{kind} {str(name)!r} could not be loaded: {reason}") from e
+
+
+def check_finite(model):
+    """Raises ValueError where a weight of a model is no number."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"its {name} has weights that are no numbers")
 
 
 def torchvision_fault():
@@ -379,7 +391,10 @@ def load_trained(checkpoint, captioner=None, generator=None):
     """
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    trained_side = header(path).get("settings", {}).get("side")
+    try:
+        trained_side = header(path).get("settings", {}).get("side")
+    except ValueError as e:
+        raise ValueError(f"--ckpt {e}") from e
     tensors = load_file(path)
     check_numbers(tensors, f"--ckpt {path}")
     if trained_side is not None and type(trained_side) is not int:

@@ -261,6 +261,7 @@ def word_vectors(path, words):
     for all words not asked for before. Raises ValueError where the file is none."""
     known = READ.setdefault(str(path), {})
     new = dict.fromkeys(set(words) - known.keys())
+    sizes = {vector.shape for vector in known.values() if vector is not None}
     if new:
         try:
             with open(path, encoding="utf-8") as lines:
@@ -269,10 +270,16 @@ def word_vectors(path, words):
                     if word in new and new[word] is None:           # the first of two is meant
                         vector = np.array(numbers.split(), np.float64)
                         new[word] = vector / np.linalg.norm(vector)
+                        sizes.add(vector.shape)
+                        if not np.isfinite(new[word]).all() or len(sizes) > 1:
+                            raise ValueError(f"of {word!r} it has other numbers")
         except (OSError, ValueError) as e:
             raise ValueError(f"{path} is not a GloVe text file ({e}); --glove takes one such as "
                              "glove.6B.200d.txt") from e
         known.update(new)
+        if not any(vector is not None for vector in known.values()):
+            raise ValueError(f"{path} has a vector of none of {len(known)} words: is it GloVe's, "
+                             "and of this language?")
     return {word: known[word] for word in words if known[word] is not None}
 
 

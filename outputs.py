@@ -301,7 +301,8 @@ def odd(groups, given, by, generator, absent):
                f"{some(lost)}); --dtype float32 may help")
     without = [row["item"] for row in rows if row["scores"].get(by) is None and "nan" not in row]
     if without:
-        yield f"{len(without)} candidates have no score by {by} and can't win (of {some(without)})"
+        yield (f"{len(without)} candidates have no score by {by} and can't win (of {some(without)}"
+               f"; generator {generator!r})")
     unread = 0
     for name in given.keys() & groups.keys():
         unread += len(given[name]) - len(groups[name])

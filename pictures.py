@@ -6,6 +6,9 @@
 Copy this file alone: it needs numpy and pillow.
 """
 import contextlib
+import os
+import stat
+import warnings
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -23,11 +26,16 @@ def pixels(path):
     """A picture file of any mode and orientation: float32 (H, W, 3) in [0, 1].
 
     EXIF orientation is applied, transparency is laid on white, of an animation the first frame is
-    taken. One channel of 16 or 32 bits keeps its depth: white is the most that its bits can say, of
-    floats 1. Raises FileNotFoundError, or ValueError naming the file where it is no picture.
+    taken, more than 89 megapixels are refused. One channel of 16 or 32 bits keeps its depth: white
+    is the most that its bits can say, of floats 1. Raises FileNotFoundError, or ValueError naming the file where it is no picture.
     """
     try:
-        with Image.open(path) as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")    # of a pipe nobody would say the end
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = Image.open(path, formats=sorted(FORMATS & Image.OPEN.keys()))
+        with file:
             file.load()
             turn = None
             with contextlib.suppress(Exception):       # a fault in its EXIF makes it no less one

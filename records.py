@@ -42,14 +42,27 @@ def visible(text):
     return CONTROL.sub(lambda c: ascii(c[0])[1:-1], text)
 
 
-def one_line(text):
-    """Any white space becomes one space: a line break in a caption breaks line-based scorers."""
+def one_line(text, where="a caption"):
+    """Any white space becomes one space: a line break in a caption breaks line-based scorers.
+    Raises ValueError, which begins with `where`, for what can't be a caption."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{where}: it has {len(text):,} letters, at most {LONGEST:,} are read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: {ascii(text)[:60]} is no text (half of a pair)") from e
     return " ".join(text.split())
 
 
 def read_text(path):
     """A text file of UTF-8, with or without its mark (BOM). Raises ValueError where it is none."""
-    return decoded(read_bytes(path), path)
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {e.start})") from e
+    if "\0" in text:
+        raise ValueError(f"{path} is no text: it has NUL bytes")
+    return text
 
 
 def read_bytes(path):
@@ -60,19 +73,11 @@ def read_bytes(path):
     return path.read_bytes()
 
 
-def decoded(text, path):
-    try:
-        return text.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is no text in UTF-8 (byte {e.start})") from e
 
 
 def read_lines(path):
     """The lines of a text file that say something, as `one_line`. Only a line break ends a line."""
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if any(len(line) > LONGEST for line in lines):
-        raise ValueError(f"{path} has a line of more than {LONGEST:,} letters")
-    return [one_line(line) for line in lines]
+    return [one_line(line, path) for line in read_text(path).split("\n") if line.strip()]
 
 
 def write_text(path, text):
@@ -128,9 +133,12 @@ def write_json(path, value):
 
 
 def the(row, key, kinds, where, default=...):
-    """row[key], which is of one of these types (True is no number). Raises ValueError, which begins
-    with `where`, if the row is none, or has no such key and there is no default."""
+    """row[key], which is of one of these types (True is no number); of several keys, the first that
+    the row has. Raises ValueError, which begins with `where`, if the row is none, or has no such
+    key and there is no default."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if isinstance(key, tuple):
+        key = next((one for one in key if isinstance(row, dict) and one in row), key[-1])
     if isinstance(row, dict) and key not in row and default is not ...:
         return default
     value = row.get(key, ...) if isinstance(row, dict) else ...

@@ -137,7 +137,7 @@ def refuse_idle(args, direction):
         "margin": not args.pairs and "it is of --pairs",
         "turn": (args.inputs or exist) and "the inputs say what they are",
         "split": args.inputs and "data" not in args.typed and "it is of --data",
-        "way": (text or exist) and "no captions are sampled",
+        "way": (text or exist) and "of sentences, --captions and --images none is sampled",
         "pairs": args.pairs == ("trl" if text else "diffusion") and "trl compares captions of a "
                  "picture, diffusion pictures of a sentence",
     }
@@ -374,7 +374,8 @@ def main(args):
     done = best_of_n.finished(out, args.n, sources)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
-        raise ValueError(f"none of the {len(items)} inputs could be read: "
+        of = f" of {args.captions or args.images}" if found.given else ""
+        raise ValueError(f"none of the {len(items)} inputs{of} could be read: "
                          f"{'; '.join(skipped[:3]) or 'another process tells why'}")
     for reason in skipped:
         script.say(f"skipped {reason}")

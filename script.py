@@ -39,6 +39,13 @@ class Parser(argparse.ArgumentParser):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(description=doc, formatter_class=raw)
 
+    def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        if "" in argv:
+            place = argv.index("")
+            self.error(f"{' '.join(argv[max(0, place - 1):place])} '': a value is missing")
+        return super().parse_args(argv, namespace)
+
     def error(self, message):
         raise ValueError(f"{message} (--help lists the flags)")
 
@@ -72,16 +79,13 @@ def typed(parser, args):
 def run(main, flags):
     """Exits with what main(flags()) returns; 2, after a line, where it raises."""
     ready_to_stop()
-    sys.stdout.reconfigure(errors="backslashreplace")     # words that this terminal can't show
+    with contextlib.suppress(OSError):           # words that this terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Plain(sys.stdout), Plain(sys.stderr)
     args = None
     try:
         args = flags()
         code = main(args)
-        sys.stdout.flush()
-    except BrokenPipeError:                      # of `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception as e:
         if "PARLEY_TRACEBACK" in os.environ:
             raise
@@ -94,34 +98,40 @@ def one_line_of(error, args):
     """What ended a script, and the remedy. ValueError and OSError are written to be read; of all
     others the place is told, and the models that were in use."""
     text = " ".join(str(error).split())
+    models = [f"--{kind} {getattr(args, kind)!r}" for kind in ("captioner", "generator")
+              if getattr(args, kind, None)]
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         smaller = SMALLER.get(name(), "a smaller --batch")
-        return f"out of memory: {smaller} takes less ({text[:150]})"
+        return f"out of memory with {' '.join(models)}: {smaller} takes less ({text[:150]})"
     if isinstance(error, ValueError | OSError):
         return text
     road = traceback.extract_tb(error.__traceback__)
     place = next(step for step in reversed(road) if Path(step.filename).parent == HERE)
-    models = [f"--{kind} {getattr(args, kind)!r}" for kind in ("captioner", "generator")
-              if getattr(args, kind, None)]
     return (f"{type(error).__name__} in {Path(place.filename).name}, {place.name}: {text[:200]}; "
             f"with {' '.join(models) or 'no model'}: are its files whole? PARLEY_TRACEBACK=1 shows "
             "where")
 
 
 class Plain:
-    """A stream that shows control characters as escapes; a bar's carriage return passes."""
+    """A stream that shows control characters as escapes; a bar's carriage return passes. Where
+    nobody reads on, as of `| head`, the work goes on."""
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
-        parts = [visible(part) for part in text.split("\r")] if CONTROL.search(text) else [text]
+        if CONTROL.search(text):
+            text = "\r".join(map(visible, text.split("\r")))
+        return self.unless_closed(self.stream.write, text)
+
+    def flush(self):
+        return self.unless_closed(self.stream.flush)
+
+    def unless_closed(self, f, *text):
         try:
-            return self.stream.write("\r".join(parts))
+            return f(*text)
         except BrokenPipeError:
-            if self.stream.fileno() == 1:
-                raise
-            return 0                             # nobody reads the bars
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -165,8 +175,7 @@ def say(line):
     spread = sys.modules.get("torch.distributed")
     apart = spread is not None and spread.is_initialized()
     if rank_and_world()[0] == 0 or apart:
-        with contextlib.suppress(BrokenPipeError):
-            print(visible(f"{name()}: {line}"), file=sys.stderr, flush=True)
+        print(visible(f"{name()}: {line}"), file=sys.stderr)
 
 
 OWN = Path(sys.argv[0]).resolve()

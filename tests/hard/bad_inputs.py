@@ -197,7 +197,7 @@ SHAPES = [
         "0 item": [DROP, []], "0 words": [DROP, "x", 7, [[1]], [["a", "b", "c"]]], "0 caption": [DROP, []]}),
     ("o/captions-0.jsonl", "evaluate --data set", "scored", {
         "0 item": [DROP, [], None], "0 caption": [DROP, None, 7, []]}),
-    ("o/images-0.jsonl", "evaluate --data set", "scored", {"0 picture": [DROP, None, 7, []], "0 item": [DROP, []]}),
+    ("o/images-0.jsonl", "evaluate --data set", "scored", {"0 picture": [DROP, 7, []], "0 item": [DROP, []]}),
     ("o/log.jsonl", "finetune --data set --steps 4 --resume", "trained", {"0 step": [DROP, None, "x", []]}),
     (CKPT, "finetune --data set --steps 4 --resume", "trained", {
         "step": [DROP, None, "x", -5, 0, 1.5, True, 10 ** 12], "data": [DROP, None, 7], "settings": [DROP, None, [], {}],
@@ -212,7 +212,7 @@ SHAPES = [
         "": [[], {}], "image_mean": ["x", [], None, [0.5]], "image_std": [[0, 0, 0]], "size": [7, "x", {"height": -1, "width": -1}, {"height": 10 ** 6, "width": 10 ** 6}],
         "resample": [99, "x"]}),
     ("m/tokenizer.json", M, copy("miniature/blip"), {"": [{}, []], "model": [None, {}], "model vocab": [[], {}]}),
-    ("m/tokenizer_config.json", M, copy("miniature/blip"), {"": [[], None], "tokenizer_class": [7, "Nonsense"]}),
+    ("m/tokenizer_config.json", M, copy("miniature/blip"), {"": [[], None], "tokenizer_class": [7]}),
     ("g/model_index.json", "rerank a.png --generator g", copy("miniature/sd"), {
         "": [[], {}, None], "unet": [DROP, 7, ["os", "system"], ["diffusers", "AutoencoderKL"], ["diffusers", 7]], "_class_name": [7, "Nonsense", DROP]}),
     ("g/scheduler/scheduler_config.json", "rerank a.png --generator g", copy("miniature/sd"), {
@@ -244,7 +244,7 @@ for (name, argv, files), (kind, change) in itertools.product(READ, TEXTS.items()
     def write(path, change=change):
         path.write_bytes(change(path.read_text(encoding="utf-8")))
     fine = kind == "with a BOM" or (kind in ("empty", "of NUL bytes") and name in (META, ROWS)) or ("brackets" in kind and name == "s.txt")
-    expected = either if name == "v.txt" else refused
+    expected = either if name == "v.txt" and kind != "latin-1" else met if name == "v.txt" else refused
     slow = {"options": {"seconds": 10}} if "10 MB" in kind else {}
     case("texts", f"{name} {kind}", argv, (met if fine else expected)(name), after(files, name, write), **slow)
 for name, text in {"without a column": "file_name\n0.png\n", "with a wide row": "file_name,text\n0.png,a,b,c\n", "with a short row": "file_name,text\n0.png\n",
@@ -264,7 +264,7 @@ case("texts", "an empty sentence", ["rerank", " "], refused("sentence"))
 case("texts", "a sentence of 100,000 letters", ["rerank", "ring " * 20_000], taken())
 case("texts", "a fifo of sentences", "rerank s.txt", refused("s.txt"), {"s.txt": fifo}, options={"timeout": 10})
 for name, text in {"of another width": "ring 1 2\nwall 1\n", "of words": "ring one two\nwall x y\n", "of nan": "ring nan nan\nwall nan nan\n", "without our words": "cat 1 2\n"}.items():
-    case("texts", f"vectors {name}", READ[-1][1], either("v.txt"), READ[-1][2] | {"v.txt": text})
+    case("texts", f"vectors {name}", READ[-1][1], (met if "width" in name else either)("v.txt"), READ[-1][2] | {"v.txt": text})
 
 # ---------------------------------------------------------------- pictures
 RAW = (65535).to_bytes(4, "big")
@@ -275,17 +275,17 @@ BAD = {"no bytes": b"", "text": "a red ring", "noise": noise(), "a cut PNG": (sc
        "144 megapixels": picture(mode="1", size=(12_000, 12_000)), "400 megapixels": picture(mode="1", size=(20_000, 20_000)),
        "a link to nothing": link("nowhere.png"), "a link to itself": link("bad.png"), "/dev/zero": link("/dev/zero"), "a fifo": fifo,
        "PostScript": "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "SVG": "<svg xmlns='http://www.w3.org/2000/svg'/>",
-       "a DDS": picture("DDS"), "a SPIDER": picture("SPIDER", "F"), "a BLP": picture("BLP", "P"), "a PDF": picture("PDF"), "a TGA": picture("TGA"),
+       "a DDS": picture("DDS"), "a SPIDER": picture("SPIDER", "F"), "a BLP": picture("BLP", "P"), "a PDF": picture("PDF"),
        "a pickle": PAYLOAD, "an address": "file:///etc/passwd"}
 GOOD = {"of 1 pixel": picture(size=(1, 1)), "of 1 x 3,000": picture(size=(1, 3000)), "with alpha": picture(mode="RGBA"), "of gray and alpha": picture(mode="LA"),
-        "of a palette": picture(mode="P"), "of 16 bit": picture(mode="I;16"), "of 1 bit": picture(mode="1"), "CMYK": picture("JPEG", "CMYK"), "a BMP": picture("BMP"),
+        "of a palette": picture(mode="P"), "of 16 bit": picture(mode="I;16"), "of 1 bit": picture(mode="1"), "CMYK": picture("JPEG", "CMYK"), "a BMP": picture("BMP"), "a TGA": picture("TGA"),
         "of floats": picture("TIFF", "F"), "of nan": (picture("TIFF", "F"), changed(lambda x: x.replace(x[-4:], b"\0\0\xc0\x7f"))), "Lab": picture("TIFF", "LAB"),
         "a JPEG named PNG": picture("JPEG"), "a broken profile": picture(icc_profile=b"nonsense"), "a broken EXIF": picture("JPEG", exif=b"Exif\0\0nonsense"), "orientation 99": picture("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0c\0\0\0\0\0\0\0")}
 for name, content in BAD.items():
     case("pictures", f"{name} among others", "rerank a.png bad.png b.png", skipped("bad.png", done=2) if "link" not in name else either("bad.png"), {"bad.png": content}, options={"timeout": 20})
     case("pictures", f"{name} alone", "rerank bad.png", refused("bad.png"), {"bad.png": content}, options={"timeout": 20})
 for name, content in GOOD.items():
-    case("pictures", f"{name} is taken", "rerank a.png good.png", taken(done=2) if name != "of nan" else met("good.png"), {"good.png": content})
+    case("pictures", f"{name} is taken", "rerank a.png good.png", taken(done=2) if name not in ("of nan", "of floats") else met("good.png"), {"good.png": content})
 for kind, seed in itertools.product(("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "DDS", "SPIDER", "BLP", "ICO", "AVIF"), range(3)):
     case("pictures", f"{kind} flipped by {seed}", "rerank a.png odd.png", met("odd.png"), {"odd.png": flipped(kind, seed)})
 case("pictures", "a folder named as one", "rerank p.png", refused("p.png"), {"p.png": folder})
@@ -329,7 +329,7 @@ ESC = "\x1b]0;owned\x07\x1b[2J\x9b2J\x7f\u202e<script>alert(1)</script>"
 NAME = "\x1b[2J<img src=x onerror=alert(1)>.png"
 case("control", "a caption of a set", "rerank --data set --turn text", taken(then=plain_page), {"set": karpathy, COCO: edit("images", 0, "sentences", 0, "raw", ESC)})
 case("control", "a caption of a set, evaluate", "evaluate --data set", taken(then=plain_files), {"set": karpathy, COCO: edit("images", 0, "sentences", 0, "raw", ESC)})
-case("control", "a sentence", ["rerank", ESC], taken(then=plain_page))
+case("control", "a sentence", ["rerank", "a red ring " + ESC], taken(then=plain_page))
 case("control", "a sentence of a file", "rerank s.txt", taken(then=plain_page), {"s.txt": ESC + "\n"})
 case("control", "the name of a picture", ["rerank", NAME], taken(then=plain_page), {NAME: scene(1)})
 case("control", "the name of a bad picture", ["rerank", NAME, "a.png"], skipped(".png"), {NAME: b""})
@@ -353,7 +353,7 @@ case("control", "a model's type", M, refused("'m'|m/"), {"m": copy("miniature/bl
 case("control", "a part of a pipeline", "rerank a.png --generator g", refused("'g'|g/"), {"g": copy("miniature/sd"), "g/model_index.json": edit("unet", ["diffusers", ESC])})
 case("control", "an image of --score", "score --score c.json --refs r.json", refused("c.json"), {"c.json": {ESC: "a ring"}, "r.json": {"1": ["a ring"]}})
 case("control", "a caption, label-free", "score --labelfree --images set --captions c.json", taken(then=plain_files), {"set": pictures, "c.json": {"0.png": ESC}})
-case("control", "what a model raises", "rerank a.png --generator m.py:load", refused("m.py"), {"m.py": f"def load(*a):\n    raise ValueError({ESC!r})"})
+case("control", "what a model raises", "cycle a.png --generator m.py:load", refused("m.py"), {"m.py": f"def load(*a):\n    raise ValueError({ESC!r})"})
 case("control", "what a model says", MPY, taken(then=plain_page), {"m.py": speaks(f"return [[{ESC!r}] * n for _ in images], torch.zeros(b, n)")})
 for flag in ("--captioner", "--generator", "--data", "--by", "--way", "--ckpt", "--judges", "--device", "--dtype", "--split", "--glove", "--likeness", "--scorer"):
     case("control", f"the value of {flag}", ["rerank", "--data", "set", flag, ESC], refused("rerank"))
@@ -379,7 +379,7 @@ case("stale", "its own pictures, --out of the inputs", "rerank p --out p", taken
 case("stale", "weights that are no checkpoint", "rerank a.png --ckpt m", refused("--ckpt"), {"m": copy("miniature/blip")})
 case("stale", "an export of nothing", "finetune --export e", refused("o/checkpoint.safetensors"))
 case("stale", "--resume of nothing", "finetune --resume", refused("o/checkpoint.safetensors"))
-case("stale", "the pictures of a training changed", "finetune --data set --steps 4 --resume", either("set"), {"o": "trained"} | {f"set/{i}.png": scene(i + 9) for i in range(4)})
+case("stale", "the pictures of a training changed", "finetune --data set --steps 4 --resume", either(O), {"o": "trained"} | {f"set/{i}.png": scene(i + 9) for i in range(4)})
 for script, name in (("rerank a.png", "index.html"), ("rerank a.png", "sheet.png"), ("evaluate --data set", "results.json"), ("evaluate --data set", "table.txt"), ("finetune --data set", "log.jsonl")):
     case("stale", f"a {name} of one's own", script, refused(name, then=unchanged("o/" + name, '{"mine": 1}\n')), {"o/" + name: '{"mine": 1}\n'})
 
@@ -399,7 +399,7 @@ for flag, place, file in (("--captioner", "blip", "model.safetensors"), ("--gene
         case("weights", f"{flag} {file} {kind}", M if flag == "--captioner" else f"rerank a.png {flag} m", (either if flag == "--judges" else refused)("'m'|m/"), {"m" + ("/clip" if not place else ""): copy("miniature/" + (place or "clip")), "m/" + file: change})
 for flag, place, file in (("--captioner", "blip", "config.json"), ("--captioner", "blip", "tokenizer.json"), ("--captioner", "blip", "model.safetensors"), ("--captioner", "blip", "preprocessor_config.json"), ("--generator", "sd", "tokenizer"), ("--generator", "sd", "vae"), ("--generator", "sd", "scheduler"), ("--generator", "sd", "unet/config.json")):
     case("weights", f"{flag} without {file}", M if flag == "--captioner" else "rerank a.png --generator m", refused("'m'|m/"), {"m": copy("miniature/" + place), "m/" + file: gone})
-case("weights", "a captioner pickled as .bin", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/pytorch_model.bin": pickled})
+case("weights", "a captioner pickled as .bin", M, refused("'m'|m/", lines=2), {"m": copy("miniature/blip"), "m/model.safetensors": gone, "m/pytorch_model.bin": pickled})
 case("weights", "a deep config.json", M, refused("'m'|m/"), {"m": copy("miniature/blip"), "m/config.json": "[" * 100_000})
 
 # ---------------------------------------------------------------- file.py:function
@@ -413,10 +413,10 @@ SPEAKS = {"gives None": "return None", "raises": "raise KeyError('x')", "leaves"
           "gives too few items": "return [['a ring'] * n] * (b - 1), torch.zeros(b - 1, n)", "gives numbers": "return [[7] * n] * b, torch.zeros(b, n)", "gives wrong likelihoods": "return [['a ring'] * n] * b, torch.zeros(b)",
           "gives no likelihoods": "return [['a ring'] * n] * b, None", "gives nan": "return [['a ring'] * n] * b, torch.full((b, n), float('nan'))"}
 for kind, text in LOADS.items():
-    case("functions", f"a file that {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load" if "file" not in kind else "m.py"), {"m.py": text})
+    case("functions", f"a file that {kind}", "cycle a.png b.png --generator m.py:load", refused("m.py:load" if "file" not in kind else "m.py"), {"m.py": text})
     case("functions", f"a file that {kind}, as captioner", MPY, refused("m.py"), {"m.py": text})
 for kind, body in DRAWS.items():
-    case("functions", f"draw {kind}", "rerank a.png b.png --generator m.py:load", refused("m.py:load", "draw") if kind != "gives nan" else either("no numbers"), {"m.py": draws(body)})
+    case("functions", f"draw {kind}", "cycle a.png b.png --generator m.py:load", refused("m.py:load", "draw") if kind != "gives nan" else either("no numbers"), {"m.py": draws(body)})
 for kind, body in SPEAKS.items():
     case("functions", f"speak {kind}", MPY, refused("m.py:load", "speak", lines=3), {"m.py": speaks(body)})
 case("functions", "draw gives too few, evaluate", "evaluate --data set --generator m.py:load", refused("m.py:load", "draw"), {"m.py": draws(DRAWS["gives too few"])})

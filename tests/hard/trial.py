@@ -38,8 +38,8 @@ DONE = {"done": "rerank a.png b.png", "worded": "rerank a.png b.png --words",
 GIVEN = {"a.png": make.scene(0), "b.png": make.scene(1), "set": make.karpathy}
 # C0 but for new line and tab, DEL, C1, and what turns the direction of text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-TAGS = {"html", "meta", "title", "style", "h1", "h2", "p", "b", "section", "div", "figure", "img",
-        "small", "br", "span"}
+TAGS = {"html", "head", "body", "meta", "title", "style", "h1", "h2", "p", "b", "section", "div", "figure", "img",
+        "small", "br", "span", "details", "summary", "dl", "dt", "dd", "i"}
 
 
 @dataclass
@@ -253,6 +253,8 @@ def exactly(count):
 def same_steps(count):
     """So many steps are in the log, and in the checkpoint."""
     def look(folder):
+        if not (folder / "o/log.jsonl").exists():
+            return "lost"
         log = (folder / "o/log.jsonl").read_text(encoding="utf-8").splitlines()
         whole = len(log) == count and (folder / "o/checkpoint.safetensors").exists()
         return None if whole else "lost"
