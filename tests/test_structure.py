@@ -133,6 +133,29 @@ def test_the_rule_sees(line):
     assert list(thoughts(line))
 
 
+def default_encoded(text):
+    """Lines that read or write text in whatever encoding the system has."""
+    for node in ast.walk(ast.parse(text)):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        own = name.startswith("data.")           # data.write_text names it
+        if name == "open" or (name.endswith((".read_text", ".write_text")) and not own):
+            options = {option.arg for option in node.keywords}
+            binary = name == "open" and len(node.args) > 1 and "b" in ast.unparse(node.args[1])
+            if not binary and "encoding" not in options:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_text_is_utf_8(path):
+    assert not list(default_encoded(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("line", ["open(p)", "open(p, 'w')", "p.read_text()", "p.write_text(x)",
+                                  "Path(p).read_text(errors='replace')"])
+def test_the_encoding_rule_sees(line):
+    assert list(default_encoded(line))
+
+
 def test_the_whole_is_small():
     """What it is today: what is added replaces something."""
     lines = {path: count(path)["lines"] for path in sources()}
