@@ -256,9 +256,9 @@ def draw_later(rows, generator, seed, draw, out):
 
 def finished(out, n, sources=None):
     """{item: its rows} of candidates.jsonl, as many as each line says (`of`; else n). An item that
-    a kill left with fewer is done again, as is one that is another now (sources: {item: its
-    inputs.Source}), or whose picture is gone. Raises ValueError for rows that no run has written,
-    and for those of another item of this name."""
+    lacks some, or a picture, is done again, as is one that is another now (sources: {item: its
+    inputs.Source}). ValueError for rows that no run has written, or of another item of this name.
+    """
     path = out / "candidates.jsonl"
     found = {}
     for number, row in enumerate(records.read_rows(path), 1):
@@ -272,14 +272,11 @@ def finished(out, n, sources=None):
         rows.append(row)
     done = {}
     for item, rows in found.items():
-        why = "a kill left fewer candidates" if len(rows) != rows[0].get("of", n) else ""
-        for row in rows:
-            if row["picture"] and not (out / row["picture"]).exists():
-                why = f"{row['picture']} is gone"
-        if not made_of(rows, (sources or {}).get(item), path):
-            why = "it, or its candidates, are others now"
-        if why:
-            records.say(f"{out}: {item} is done again: {why}")
+        gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
+        if gone or len(rows) != rows[0].get("of", n):
+            records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
+        elif not made_of(rows, (sources or {}).get(item), path):
+            records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
         else:
             done[item] = rows
     return done
@@ -289,26 +286,26 @@ def made_of(rows, source, path):
     """Whether an item's rows are of what it is now, its inputs.Source; None is anything."""
     if source is None:
         return True
-    foreign = [row["picture"] for row in rows
-               if row.get("given") and row["direction"] == TEXT
-               and row["picture"] not in (None, *source.pictures)]
-    if rows[0]["input"] != source.input or foreign:
-        other = [rows[0]["input"], *foreign]
-        raise ValueError(f"{path}: {rows[0]['item']!r} is of {other[-1]!r}, not of "
+    named = {rows[0]["input"]}
+    if rows[0].get("given") and rows[0]["direction"] == TEXT:
+        named |= {row["picture"] for row in rows}
+    other = named - {None, source.input, *source.pictures}
+    if other:
+        raise ValueError(f"{path}: {rows[0]['item']!r} is of {min(other)!r}, not of "
                          f"{source.input!r}: choose another --out")
     return rows[0].get("mark") == source.mark
 
 
 def check_row(row, out, where):
-    """Raises ValueError for a line of candidates.jsonl that no run has written: somebody else may
-    have, and what it names is read, shown and copied."""
+    """Raises ValueError for a line that no run has written: what it names is read and shown."""
     for name in ("item", "caption", "input"):
         the(row, name, str, where)
     the(row, "candidate", int, where)
     if the(row, "direction", str, where) not in RANKS:
         raise ValueError(f"{where}: its direction is none of {', '.join(RANKS)}")
+    given = row.get("given") and row["direction"] == TEXT         # made_of looks at these
     picture = the(row, "picture", (str, type(None)), where)
-    if picture and not (row.get("given") and row["direction"] == TEXT):       # see made_of
+    if picture and not given:
         data.inside(out / picture, out, where)
     for kind in ("scores", "errors", "gaps"):
         for name in the(row, kind, dict, where, {}):
@@ -409,13 +406,12 @@ def recall_words(rows, out):
     path = out / "words.jsonl"
     for number, row in enumerate(records.read_rows(path), 1):
         where = f"{path}, line {number}"
-        picture = the(row, "picture", (str, type(None)), where)
         for word in the(row, "words", list, where):
             kinds = [type(part) for part in word] if isinstance(word, list) else []
             if len(kinds) != 3 or kinds[0] is not str or not {*kinds[1:]} <= {int, float}:
                 raise ValueError(f"{where}: expected words [word, number, number]")
-        place = the(row, "item", str, where), the(row, "caption", str, where), picture
-        known[place] = row["words"]
+        picture = the(row, "picture", (str, type(None)), where)
+        known[the(row, "item", str, where), the(row, "caption", str, where), picture] = row["words"]
     for row in rows:
         row["words"] = known.get((row["item"], row["caption"], row["picture"]))
     return [row for row in rows if row["words"] is None]

@@ -5,7 +5,8 @@
 
 Images are lists of float (3, H, W) in [0, 1], captions str; tokens and normalised pixels stay
 inside. A sample is a function of (seed, item).
-Copy this file with loading.py, foreign.py and cycle.py's `chance`: it needs torch and transformers.
+Copy this file with loading.py, devices.py, foreign.py, records.py and cycle.py's `chance`: it needs
+torch and transformers.
 
 Letters: B images, n candidates, L tokens, P states of the vision, D their width, V vocabulary.
 """
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 
 import foreign
 from cycle import chance
-from loading import check_finite, device_and_dtype, readable_errors, resolve
+from devices import device_and_dtype
+from loading import check_finite, readable_errors, resolve
 
 CAPTIONERS = {"miniature": Path(__file__).resolve().parent / "miniature/blip",
               "vitb": "Salesforce/blip-image-captioning-base",

@@ -183,7 +183,7 @@ def nocaps(root, split="nocaps"):
     captions = {}
     for number, row in enumerate(the(found, "annotations", list, path), 1):
         where = f"{path}, annotation {number}"
-        said = captions_of(the(row, "caption", str, where), where)
+        said = captions_of(the(row, "caption", (str, list), where), where)
         captions.setdefault(the(row, "image_id", (int, str), where), []).extend(said)
     items = []
     for number, row in enumerate(the(found, "images", list, path), 1):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import annotations
 import cycle
 import data
+import devices
 import judges
 import loading
 import losses
@@ -359,8 +360,8 @@ def write(results, out):
 
 
 def main(args):
-    loading.tune_process(args.captioner, args.generator)
-    device, _ = loading.device_and_dtype(args.device)
+    devices.tune_process(args.captioner, args.generator)
+    device, _ = devices.device_and_dtype(args.device)
     if args.job == "findings":
         args.data, args.split, args.judges = tables.made_of(
             args.findings, args.data, args.split, args.judges)

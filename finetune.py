@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import bridge
 import checkpoints
+import devices
 import loading
 import losses
 import records
@@ -266,7 +267,7 @@ def train_step(run, step, stops):
     run.adam.step()
     run.adam.zero_grad()
     row["images_per_s"] = round(run.batch / (time.perf_counter() - began), 3)
-    row["peak_gib"] = loading.peak_gib()
+    row["peak_gib"] = devices.peak_gib()
     return row, halt
 
 
@@ -300,8 +301,8 @@ def main(args):
     if args.export:
         return checkpoints.export(args.out, args.captioner, args.generator, args.export)
     rank, processes = records.rank_and_world()
-    loading.tune_process(args.captioner, args.generator)
-    device, dtype = loading.device_and_dtype(args.device, args.dtype)
+    devices.tune_process(args.captioner, args.generator)
+    device, dtype = devices.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                # float16 would want its losses scaled
     if (args.out / "checkpoint.safetensors").exists() and not args.resume:

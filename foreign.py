@@ -26,7 +26,7 @@ def load(name, *args):
         raise ValueError(f"{name}: {file} defines no function {function}")
     model = guarded(name, getattr(module, function), *args)
     if not (hasattr(model, "speak") or hasattr(model, "draw")):
-        raise ValueError(f"{name} gives {ascii(model)[:40]}: expected an object with `speak` or "
+        raise ValueError(f"{name} gives {short(model)}: expected an object with `speak` or "
                          "`draw`")
     return Foreign(model, name)
 
@@ -59,17 +59,12 @@ class Foreign:
     def _speak(self, images, n=10, *args, **more):
         what = f"{self.name}, speak"
         found = guarded(what, self.model.speak, images, n, *args, **more)
-        if not isinstance(found, tuple) or len(found) != 2:
-            raise ValueError(f"{what}: expected captions and log-likelihoods, not "
-                             f"{ascii(found)[:60]}")
-        captions, likelihood = found
-        rows = captions if isinstance(captions, list | tuple) else []
-        sizes = [len(row) for row in rows if isinstance(row, list | tuple)]
-        texts = [text for row in rows for text in row if isinstance(text, str)]
-        if sizes != [n] * len(images) or len(texts) != sum(sizes):
-            raise ValueError(f"{what}: expected {n} captions of each of {len(images)} images, not "
-                             f"{ascii(captions)[:60]}")
-        return captions, numbers(what, likelihood, (len(images), n))
+        captions = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+        fits = isinstance(captions, list) and len(captions) == len(images)
+        if not fits or not all(texts(row, n) for row in captions):
+            raise ValueError(f"{what}: expected {n} captions of each of {len(images)} images, and "
+                             f"their log-likelihoods, not {short(found)}")
+        return captions, numbers(what, found[1], (len(images), n))
 
     def _likelihood(self, images, captions, *args, **more):
         what = f"{self.name}, likelihood"
@@ -80,10 +75,10 @@ class Foreign:
         what = f"{self.name}, draw"
         found = guarded(what, self.model.draw, captions, *args, **more)
         shape = tuple(getattr(found, "shape", ()))
-        fits = len(shape) == 4 and shape[:2] == (len(captions), 3) and min(shape) > 0
-        if not fits or not found.is_floating_point():
+        fits = len(shape) == 4 and shape[:2] == (len(captions), 3)
+        if not fits or 0 in shape or not found.is_floating_point():
             raise ValueError(f"{what}: expected floats ({len(captions)}, 3, H, W), not "
-                             f"{ascii(found)[:40] if not shape else (found.dtype, shape)}")
+                             f"{short(found)} {shape}")
         known = found.float().nan_to_num(0.5)
         if not -0.01 <= known.min() <= known.max() <= 1.01:
             raise ValueError(f"{what}: expected values in [0, 1], not {known.min():g} to "
@@ -91,13 +86,22 @@ class Foreign:
         return found.float().cpu().clamp(0, 1)   # nan stays: best_of_n.py counts it
 
 
+def short(x):
+    return ascii(x)[:60]
+
+
+def texts(row, n):
+    """Whether a row is n captions."""
+    return isinstance(row, list) and len(row) == n and all(isinstance(x, str) for x in row)
+
+
 def numbers(what, values, shape):
     """Values as finite float64 of a shape."""
     try:
         found = torch.as_tensor(values).double().cpu()
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{what}: expected log-likelihoods, not {ascii(values)[:60]}") from e
+        raise ValueError(f"{what}: expected log-likelihoods, not {short(values)}") from e
     if found.shape != shape or not found.isfinite().all():
         raise ValueError(f"{what}: expected finite log-likelihoods {shape}, not "
-                         f"{ascii(found.flatten().tolist())[:60]} {tuple(found.shape)}")
+                         f"{short(found.flatten().tolist())} {tuple(found.shape)}")
     return found

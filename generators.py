@@ -5,7 +5,8 @@
 
 Images are float (B, 3, H, W) in [0, 1], captions str; latents and text states stay inside, but for
 losses.py. The noise of a picture is a function of (seed, item).
-Copy this file with loading.py, foreign.py and cycle.py's `chance`: it needs torch and diffusers.
+Copy this file with loading.py, devices.py, foreign.py, records.py and cycle.py's `chance`: it needs
+torch and diffusers.
 
 Letters: B images, C h w a latent, D the width of the text states.
 """
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 
 import foreign
 from cycle import chance
-from loading import check_finite, device_and_dtype, readable_errors, resolve
+from devices import device_and_dtype
+from loading import check_finite, readable_errors, resolve
 
 GENERATORS = {"miniature": Path(__file__).resolve().parent / "miniature/sd",
               "sd14": "CompVis/stable-diffusion-v1-4"}

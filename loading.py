@@ -11,9 +11,7 @@ command line names. Whatever fails is a ValueError of one line, with its cause a
 Copy this file with records.py: it needs torch, transformers, safetensors and huggingface_hub.
 """
 import contextlib
-import ctypes
 import difflib
-import functools
 import importlib.util
 import json
 import os
@@ -22,12 +20,6 @@ import sys
 import warnings
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:                              # Windows
-    resource = None
-
-import torch
 from huggingface_hub import (
     HfApi,
     constants,
@@ -281,84 +273,6 @@ def torchvision_fault():
     except Exception as e:
         return f"torchvision does not fit this torch ({e}): uninstall it, nothing here needs it"
     return None
-
-
-# ---------------------------------------------------------------- this process
-def device_and_dtype(device=None, dtype=None):
-    """torch.device and torch.dtype of what the command line says.
-
-    Default: cuda, mps or cpu, the first that is there; under torchrun each process has its own GPU.
-    bfloat16, float16 on mps and old GPUs, float32 on a CPU.
-    """
-    if device is None:
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            device = "cuda"
-    if str(device).partition(":")[0] not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device {device}: it is cuda, mps or cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"--device {device}: it is cuda, mps, cpu, or such as cuda:1") from e
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: torch has none here; use --device cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no CUDA device here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()}")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        own = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
-        device = torch.device("cuda", own)
-        torch.cuda.set_device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.float16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = torch.bfloat16
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if found not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
-        dtype = found
-    return device, dtype
-
-
-def tune_process(*names):
-    """What the miniature wants of its process; where another model is named, nothing is done.
-
-    One thread: its tensors are too small to share, and beside other work threads that wait for each
-    other take ten times as long (OMP_NUM_THREADS rules). And freed memory kept: see keep_memory.
-    """
-    if set(names) == {"miniature"}:
-        keep_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-
-
-@functools.cache
-def keep_memory():
-    """Tells glibc to keep freed memory, for this process: else it goes back to the system after
-    each layer and comes anew page by page, a third of the miniature's time. Nothing happens
-    elsewhere, nor where the environment says otherwise (MALLOC_TRIM_THRESHOLD_=131072 is glibc's
-    own way)."""
-    told = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
-    if sys.platform != "linux" or told & os.environ.keys():
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: never
-        libc.mallopt(-3, 2 ** 25)                # M_MMAP_THRESHOLD: the largest there is
-
-
-def peak_gib():
-    """The most memory this process has held: of its GPU, else of the machine; None on Windows."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    elif resource is None:
-        return None
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return round(peak / 2 ** 30, 2)
 
 
 # ---------------------------------------------------------------- what a run is made of

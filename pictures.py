@@ -27,7 +27,8 @@ def pixels(path):
 
     EXIF orientation is applied, transparency is laid on white, of an animation the first frame is
     taken, more than 89 megapixels are refused. One channel of 16 or 32 bits keeps its depth: white
-    is the most that its bits can say, of floats 1. Raises FileNotFoundError, or ValueError naming the file where it is no picture.
+    is the most that its bits can say, of floats 1. Raises FileNotFoundError, or ValueError
+    naming the file where it is no picture.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

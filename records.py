@@ -252,7 +252,7 @@ def fingerprint(path):
     for file in files:
         if file.is_file():
             size = file.stat().st_size
-            found.update(f"{file.name} {size}".encode(errors="surrogateescape"))
+            found.update(f"{file.relative_to(path)} {size}".encode(errors="surrogateescape"))
             with open(file, "rb") as f:
                 for start in range(0, size, max(1 << 16, size // 64)):
                     f.seek(start)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import best_of_n
 import data
+import devices
 import inputs
 import judges
 import loading
@@ -190,11 +191,31 @@ def check_folder(out, settings):
                          "--out")
 
 
-def of_set(inputs, root, split, whole):
-    """What settings.json says of the set that items are of: none, where inputs are given."""
-    if inputs or not root:
-        return {"data": "None", "split": "None"}
-    return {"data": str(Path(root)), "split": str(split), "content": data.content_of(whole)}
+def take_folder(out, settings):
+    """The folder of this run, which is then its own: `out`, or a default one. Of torchrun's
+    processes one chooses, for all."""
+    process, processes = records.rank_and_world()
+    place = [None]
+    if process == 0:
+        place = [out or default_folder(settings)]
+        check_folder(place[0], settings)
+        records.claim(place[0])
+    if processes > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
+        dist.broadcast_object_list(place)
+    return place[0]
+
+
+def settings_of(args, found):
+    """What a run is made of, {name: str}: its folder takes no other one."""
+    settings = {name: str(getattr(args, name)) for name in SETTINGS}
+    for name in ("captioner", "generator", "ckpt", "judges"):
+        settings[name] = records.marked(getattr(args, name))
+    settings |= {"direction": found.direction, "given": str(bool(found.given) or None)}
+    if args.inputs or args.images or not args.data:
+        return settings | {"data": "None", "split": "None"}
+    content = data.content_of(found.whole)
+    return settings | {"data": str(Path(args.data)), "split": args.split, "content": content}
 
 
 # ---------------------------------------------------------------- who speaks, who judges
@@ -312,7 +333,7 @@ def choose(groups, by, wanted, direction):
 
 def main(args):
     process, processes = records.rank_and_world()
-    loading.tune_process(args.captioner, args.generator)
+    devices.tune_process(args.captioner, args.generator)
 
     # 1) what goes in, what the run is made of, and what of it is done
     found = find(args.inputs, args.captions, args.images, args.data, args.split, args.turn,
@@ -327,20 +348,8 @@ def main(args):
     if args.steps == 0 and draws and not args.images:
         raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
     args.judges = args.judges or judges.default_place(args.captioner, args.generator)
-    settings = {name: str(getattr(args, name)) for name in SETTINGS} | {"direction": direction}
-    for name in ("captioner", "generator", "ckpt", "judges"):
-        settings[name] = records.marked(getattr(args, name))
-    settings |= of_set(args.inputs or args.images, args.data, args.split, found.whole)
-    settings["given"] = str(bool(found.given) or None)
-    place = [None]
-    if process == 0:                             # it chooses the folder, for all
-        place = [args.out or default_folder(settings)]
-        check_folder(place[0], settings)
-        records.claim(place[0])
-    if processes > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
-        dist.broadcast_object_list(place)
-    out, = place
+    settings = settings_of(args, found)
+    out = take_folder(args.out, settings)
     if out.name != "rerank" and args.out is None:
         found.notes.append(f"out/rerank holds another run; this one is in {out}")
     sources = inputs.sources(found)
@@ -359,7 +368,7 @@ def main(args):
                                         args.dtype)
         make_fit(captioner, generator, args.scorer, args.decoder,
                  reads and (direction == IMAGE or args.scorer == "both"), args.generator)
-        device, _ = loading.device_and_dtype(args.device)
+        device, _ = devices.device_and_dtype(args.device)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
         kind = "image" if direction == IMAGE else "text"
         likeness, clip = judges.likenesses(wanted, args.likeness, args.by, kind, args.judges,

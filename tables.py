@@ -236,6 +236,10 @@ def findings(folder, root, split, place, device, notes, glove=None):
     {"metric by score": {domain: row}}, and their direction. root, split: the set it was made of."""
     path = folder / "candidates.jsonl"
     items = data.read(root, split)
+    content = records.load_json(folder / "settings.json").get("content")
+    if content not in (None, data.content_of(items)):
+        raise ValueError(f"{folder} was made of another {root}, split {split}: its names or "
+                         "captions have changed since")
     groups = groups_of(path, items, root, split)
     chosen = [x for x in items if x.captions and complete(groups.get(x.name, []))]
     if len(chosen) < len(groups):

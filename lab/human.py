@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import cycle
 import data
+import devices
 import judges
 import loading
 import losses
@@ -155,7 +156,7 @@ def score(left, files, args):
     """Scores captions {picture: captions} of files {picture: path} as far as the models can:
     picture by picture, lists of rows {picture, caption, cut, a number for each score}."""
     captioner, generator = speakers(args.captioner, args.generator, None, None, None)
-    device, _ = loading.device_and_dtype()
+    device, _ = devices.device_and_dtype()
     found, absent = judges.load(["clip"], "image", args.judges, device)
     if absent:
         raise ValueError(f"--judges {args.judges}: {absent['clip']}")
@@ -244,7 +245,7 @@ def main(args):
     else:
         say("no CIDEr, no BLEU-4: there are captions without references")
     if args.images:
-        loading.tune_process(args.captioner, args.generator)
+        devices.tune_process(args.captioner, args.generator)
         args.judges = args.judges or judges.default_place(args.captioner, args.generator)
         more, rows = picture_scores(pairs, names, args)
         scores |= more

@@ -11,9 +11,10 @@ SHARED = ROOT.parent / "shared"                  # the planning folder; absent i
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"              # of what the tests start, too
-import loading  # noqa: E402
 
-loading.tune_process("miniature")
+import devices  # noqa: E402
+
+devices.tune_process("miniature")
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ from PIL import Image
 import annotations
 import data
 import evaluate
+import inputs
 import judges
 import metrics
+import outputs
 import records
 import rerank
 import tables
@@ -203,6 +205,16 @@ def test_score_on_real_captions(shared, tmp_path):
         row = results["captions"]["all"]
         assert row["n"] == 1 and row["B@1"] > 50 and row["CIDEr"] == 0
         assert "CIDEr of one image alone is 0" in " ".join(results["notes"])
+
+
+def test_cider_of_one_image_is_told(tmp_path):
+    """The number is the field's: n-grams are weighed among images."""
+    refs = write(tmp_path / "heard.json", {"1": ["a dog runs"], "2": ["a cat"]})
+    for said, told in (({"1": "a dog runs"}, True), ({"1": "a dog runs", "2": "a cat"}, False)):
+        path = write(tmp_path / "said.json", said)
+        results = run(tmp_path / "out", "--score", path, "--refs", refs)
+        assert (results["captions"]["all"]["CIDEr"] == 0) == told
+        assert ("CIDEr of one image alone is 0" in " ".join(results["notes"])) == told
 
 
 def test_an_image_by_its_number():
@@ -426,6 +438,24 @@ def test_findings_of_a_planted_ranking(tmp_path):
     assert any("no choice by some" in x for x in results["notes"])
     assert "12 candidates without most come last by it" in results["notes"]
     assert Image.open(tmp_path / "out/figure.png").width > 600
+
+
+def test_rerank_prints_the_findings(tmp_path, capsys):
+    """Both weigh n-grams by all of the split, of which four items were reranked."""
+    found = inputs.from_set("miniature", "test", "image", 4)
+    plant(tmp_path, found.items, "miniature test")
+    groups = {item.name: [] for item in found.items}
+    for row in data.read_rows(tmp_path / "candidates.jsonl"):
+        groups[row["item"]].append(row)
+    said = []
+    for whole in (found.whole, found.items):
+        outputs.show_worth(groups, found.items, "good", whole)
+        said.append(capsys.readouterr().out)
+    rows = tables.findings(tmp_path, "miniature", "test", "none", "cpu", [])["findings"]
+    assert {"CIDEr by good", "CIDEr by bad"} <= set(rows)
+    for domains in rows.values():
+        row = "mean {mean:6.1f}   chosen {chosen:6.1f}   oracle {oracle:6.1f}".format(**domains["all"])
+        assert row in said[0] and row not in said[1]
 
 
 def test_findings_know_what_they_are_of(tmp_path):

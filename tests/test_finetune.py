@@ -770,6 +770,21 @@ def test_the_export_is_stock_and_says_the_same(whole, captioner, tmp_path, image
         assert torch.equal(pipe.unet(x, t, c).sample, drawer.predict(x, t, c))
 
 
+def test_readmes_lines_load_an_export(whole, tmp_path, monkeypatch, capsys, images):
+    """They print the prompt and what our own captioner says; without the prompt, nothing."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    lines, = (block for block in blocks if "out/models" in block)
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main(finetune.flags(["--export", "out/models", "--out", str(whole[0])])) == 0
+    data.save_image(images[0], tmp_path / "photo.png")
+    (tmp_path / "photo.png").rename("photo.jpg")
+    said = Captioner.load("out/models/captioner", "cpu").speak(images[:1], 1, "beam")[0][0][0]
+    for prompt, printed in (('text="a picture of", ', f"a picture of {said}\n"), ("", "\n")):
+        capsys.readouterr()
+        exec(lines.replace('text="a picture of", ', prompt), {})
+        assert capsys.readouterr().out == printed
+
+
 def test_rerank_takes_a_checkpoint(whole, tmp_path):
     argv = ["--limit", "1", "--n", "2", "--steps", "2", "--likeness", "pixel", "--device", "cpu"]
     rows = []

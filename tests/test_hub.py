@@ -148,6 +148,16 @@ def test_only_what_is_needed_comes_and_stays(hub, layouts, monkeypatch, name):
     assert not weights(hub.fetched())
 
 
+def test_a_download_says_how_much(hub, layouts, capsys):
+    """One line before it: whose, the size of its files, and where they go."""
+    captioner("vitb")
+    size = sum((layouts / file).stat().st_size for file in hub.fetched()) / 1e6
+    line = f"captioner 'vitb': fetching {size:,.1f} MB of {VITB} into {hub.cache}\n"
+    assert size > 0 and capsys.readouterr().err.count(line) == 1
+    captioner("vitb")
+    assert "fetching" not in capsys.readouterr().err
+
+
 def test_a_network_that_is_gone_is_not_needed_again(hub, layouts, monkeypatch):
     captioner("vitb"), generator("sd14"), load(CLIP, layouts)
     lies_at(monkeypatch, nowhere())

@@ -1,5 +1,6 @@
 """inputs.py: what is a path, what a sentence; captions and pictures that exist; what a toy knows."""
 import json
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -129,11 +130,16 @@ def test_given_pictures(here):
 
 
 def test_a_mark_is_of_what_it_marks(here):
-    assert inputs.mark(["a", "b"]) == inputs.mark(["a", "b"]) != inputs.mark(["b", "a"])
-    before = inputs.mark([here / "a.png"])
-    assert before == inputs.mark([here / "a.png"])
+    def mark(*given):
+        item = data.Item("a", here / "a.png")
+        return inputs.sources(inputs.Inputs("", [item], {"a": list(given)}))["a"].mark
+    assert mark("a", "b") == mark("a", "b") != mark("b", "a")
+    before = mark()
+    assert before == mark()
+    shutil.copy2(here / "a.png", here / "c.png")          # of another time
+    assert mark(here / "a.png") == mark(here / "c.png") != before
     Image.new("RGB", (9, 9)).save(here / "a.png")
-    assert before != inputs.mark([here / "a.png"])
+    assert before != mark()
 
 
 # ---------------------------------------------------------------- toys

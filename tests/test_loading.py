@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
+import devices
 import judges
 import loading
 import script
@@ -165,24 +166,24 @@ def test_every_process_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert loading.device_and_dtype("cuda") == (torch.device("cuda"), torch.float16)
+    assert devices.device_and_dtype("cuda") == (torch.device("cuda"), torch.float16)
     assert not taken
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert loading.device_and_dtype()[0] == torch.device("cuda:3") == taken[-1]
+    assert devices.device_and_dtype()[0] == torch.device("cuda:3") == taken[-1]
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert loading.device_and_dtype()[0] == torch.device("cuda:2") == taken[-1]
-    told = loading.device_and_dtype("cuda:1", "bfloat16")
+    assert devices.device_and_dtype()[0] == torch.device("cuda:2") == taken[-1]
+    told = devices.device_and_dtype("cuda:1", "bfloat16")
     assert told == (torch.device("cuda:1"), torch.bfloat16) and len(taken) == 2
     for device, dtype in (("gpu", None), ("cpu", "fp16"), ("cpu", "nn")):
         with pytest.raises(ValueError, match="gpu|fp16|nn"):
-            loading.device_and_dtype(device, dtype)
+            devices.device_and_dtype(device, dtype)
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device"):
-        loading.device_and_dtype("cuda")
-    assert loading.device_and_dtype("cpu") == (torch.device("cpu"), torch.float32)
+        devices.device_and_dtype("cuda")
+    assert devices.device_and_dtype("cpu") == (torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("name, told, threads", [("miniature", None, 1), ("miniature", "3", 5),
@@ -191,8 +192,8 @@ def test_the_miniature_takes_one_thread(name, told, threads):
     """Unless OMP_NUM_THREADS says otherwise; other models keep what there was."""
     code = ("import torch, loading\n"
             "torch.set_num_threads(5)\n"
-            f"loading.tune_process({name!r})\n"
-            "print(torch.get_num_threads(), loading.keep_memory.cache_info().currsize)")
+            f"devices.tune_process({name!r})\n"
+            "print(torch.get_num_threads(), devices.keep_memory.cache_info().currsize)")
     assert run(code, OMP_NUM_THREADS=told) == [str(threads), str(int(name == "miniature"))]
 
 
@@ -206,7 +207,7 @@ def faults():
     together = [torch.zeros(2 ** 22) for _ in range(6)]
     del together
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-loading.tune_process(NAME)
+devices.tune_process(NAME)
 torch.set_num_threads(1)
 faults()
 first = faults()

@@ -61,6 +61,7 @@ def test_the_page_is_well_formed(tmp_path, ring):
                    warning="toys & co", undrawn="<not> drawn")
     tags = Checker(text).seen
     assert tags.count("figure") == 8 and tags.count("img") == 3 and tags.count("section") == 2
+    assert text.count('<p class="warning">toys &amp; co</p>') == 1
 
 
 def test_the_page_holds_its_pictures_and_asks_nobody(tmp_path, ring):

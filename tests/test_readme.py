@@ -1,4 +1,5 @@
-"""The numbers of README.md are those of lab/results, its flags are the scripts' own."""
+"""The numbers of README.md are those of lab/results, its flags are the scripts' own; what the other
+pages and the Makefile promise."""
 import re
 
 import pytest
@@ -66,3 +67,42 @@ def test_every_flag_of_the_page_exists(script):
     for line in re.findall(rf"{script}\.py([^\n#`|]*)", README):
         for flag in re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", line):
             assert f'"{flag}"' in source, f"{script}.py {flag}"
+
+
+def test_hours_of_coco(claims):
+    """Five epochs of 113,287 pictures in batches of 8, at the measured seconds a step."""
+    steps = 5 * 113_287 // 8
+    hours = {name: round(steps * float(claims[f"{name} seconds"]) / 3600) for name in ("vitb", "vitl", "blip2")}
+    flat = " ".join(README.split())
+    assert f"COCO ({steps // 100 * 100:,} steps)" in flat
+    assert "{vitb} hours with `vitb`, {vitl} `vitl`, {blip2} `blip2`".format(**hours) in flat
+
+
+def test_the_results_open_with_their_findings():
+    """At most ten, each with the command that makes it."""
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    first = page.split("\n## ")[1]
+    rows = re.findall(r"^\d+\. .*$", first, re.M)
+    assert first.startswith("What was found\n") and 5 <= len(rows) <= 10
+    assert all("`python -m lab." in row for row in rows)
+    assert page.index(rows[-1]) < 8000
+
+
+def test_skips_are_told():
+    """`make test` and `make test-real` print why a test was skipped: pytest's -r with s."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = [line for line in makefile.splitlines() if "-m pytest" in line]
+    assert len(lines) == 2 and all(re.search(r" -r\w*s", line) for line in lines)
+
+
+def test_the_tests_of_the_table_exist():
+    """tests/reported.md: of every row, or it says why there is none."""
+    rows = re.findall(r"^\| \d+ \|.*$", (ROOT / "tests/reported.md").read_text(encoding="utf-8"), re.M)
+    numbers = [int(row.split()[1]) for row in rows]
+    assert numbers == sorted(numbers) and set(numbers) == set(range(1, 37))
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(\w+)`", row)
+        assert row.count("::") == len(named) and (named or "no test: " in row), row
+        for file, name in named:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^def {name}\(", source, re.M), f"{file}::{name}"

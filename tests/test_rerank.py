@@ -2,6 +2,7 @@
 leaves."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import records
 import rerank
 from captioners import Captioner
 from generators import Generator
+from miniature import world
 
 FAST = ["--n", "3", "--steps", "2", "--scorer", "full"]
 
@@ -147,6 +149,27 @@ def test_a_refusal_is_one_line_and_exit_2(tmp_path):
     command = [sys.executable, "rerank.py", "no.png", "--out", str(tmp_path / "out")]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr == "rerank.py: no.png: no such picture\n"
+
+
+def test_a_missing_model_is_told_before_the_judges(tmp_path, monkeypatch):
+    """It is the cause; what judges lack would hide it."""
+    def missing(*args):
+        raise ValueError("no captioner there")
+    monkeypatch.setattr(Captioner, "load", missing)
+    monkeypatch.setattr(judges, "load", lambda *a: pytest.fail("judges first"))
+    with pytest.raises(ValueError, match="no captioner there"):
+        run("--limit", 1, out=tmp_path / "out")
+
+
+def test_the_demo_begins_with_a_true_choice(tmp_path):
+    """Of its first picture: every fact that the winner states. Nothing is drawn for that."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    demo = re.search(r"rerank\.py (.*) --out out/demo", makefile)[1].split()
+    argv = [*demo, "--limit", "1", "--steps", "0", "--device", "cpu", "--out", str(tmp_path)]
+    assert rerank.main(rerank.flags(argv)) == 0
+    best, = json.loads((tmp_path / "best.json").read_text()).values()
+    right, stated = world.verify(best["caption"], world.sample("test", 0))
+    assert right == stated >= 4
 
 
 def test_two_processes_share_the_work(finished, tmp_path):

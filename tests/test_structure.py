@@ -11,15 +11,17 @@ from density import LIBRARIES, count, sources
 
 SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
-ROOMS = {"cycle": (), "losses": (), "bridge": (), "metrics": (), "page": ("pictures",), "loading": (), "script": (),
-         "pictures": (), "data": ("pictures",),
-         "captioners": ("cycle", "loading"), "generators": ("cycle", "loading"), "judges": ("loading",),
-         "tables": ("data", "judges", "metrics"), "annotations": ("data",),
-         "batches": ("cycle", "data", "losses", "miniature"),
-         "checkpoints": ("captioners", "generators", "loading", "data"),
-         "best_of_n": ("cycle", "data", "losses"),
-         "inputs": ("best_of_n", "data", "miniature"),
-         "outputs": ("best_of_n", "data", "metrics", "page")}
+ROOMS = {"cycle": (), "losses": (), "bridge": ("script",), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
+         "records": (), "foreign": (), "devices": (),
+         "pictures": (), "data": ("pictures", "records", "script"),
+         "captioners": ("cycle", "devices", "foreign", "loading"), "generators": ("cycle", "devices", "foreign", "loading"),
+         "judges": ("loading", "metrics", "records"),
+         "tables": ("best_of_n", "data", "judges", "metrics", "records"), "annotations": ("data", "records"),
+         "batches": ("cycle", "data", "losses", "miniature", "records"),
+         "checkpoints": ("captioners", "generators", "loading", "records"),
+         "best_of_n": ("cycle", "data", "losses", "records"),
+         "inputs": ("best_of_n", "data", "miniature", "records"),
+         "outputs": ("best_of_n", "metrics", "page", "records")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
             "bridge": "bridge.py", "data": "data.py"}
 LINES, FUNCTION, MAIN, DENSITY = 430, 60, 90, 7.0
@@ -131,6 +133,29 @@ def test_one_thought_a_line(path):
     "globals()[part](x)", "judge.alike.__self__", "for args.out in folders: pass", "def f():\n return print(1) or 2"])
 def test_the_rule_sees(line):
     assert list(thoughts(line))
+
+
+def default_encoded(text):
+    """Lines that read or write text in whatever encoding the system has."""
+    for node in ast.walk(ast.parse(text)):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        own = name.startswith("records.")        # records.write_text names it
+        if name == "open" or (name.endswith((".read_text", ".write_text")) and not own):
+            options = {option.arg for option in node.keywords}
+            binary = name == "open" and len(node.args) > 1 and "b" in ast.unparse(node.args[1])
+            if not binary and "encoding" not in options:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_text_is_utf_8(path):
+    assert not list(default_encoded(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("line", ["open(p)", "open(p, 'w')", "p.read_text()", "p.write_text(x)",
+                                  "Path(p).read_text(errors='replace')"])
+def test_the_encoding_rule_sees(line):
+    assert list(default_encoded(line))
 
 
 def test_the_whole_is_small():

@@ -63,14 +63,14 @@ def warm():
     import transformers.generation.logits_process  # noqa: F401
     rooms = sorted({path.stem for path in ROOT.glob("*.py")} - SCRIPTS)
     rooms = {name: importlib.import_module(name) for name in [*rooms, "miniature.world"]}
-    captioners, generators, loading = (rooms[x] for x in ("captioners", "generators", "loading"))
+    captioners, generators, devices = (rooms[x] for x in ("captioners", "generators", "devices"))
 
     torch.set_num_threads(1)
-    loading.tune_process("miniature")
+    devices.tune_process("miniature")
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    keep(captioners.Captioner, "load", loading.device_and_dtype)
-    keep(generators.Generator, "load", loading.device_and_dtype)
+    keep(captioners.Captioner, "load", devices.device_and_dtype)
+    keep(generators.Generator, "load", devices.device_and_dtype)
     for name, kind in (("clip", "image"), ("clip", "text"), ("dino", "image"), ("sbert", "text")):
         keep_judge(rooms["judges"], name, kind)
 

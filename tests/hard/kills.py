@@ -152,7 +152,7 @@ class File:
 def state(folder):
     """{file: what of it must be equal} of what a run wrote."""
     found = {}
-    for path in sorted(p for top in "oce" for p in (folder / top).rglob("*") if p.is_file()):
+    for path in sorted(p for top in "oce" for p in (folder / top).rglob("*") if p.is_file() and p.name != ".lock"):
         name = path.relative_to(folder).as_posix()
         if path.name == "log.jsonl":
             found[name] = [row_of(row, "images_per_s", "peak_gib") for row in lines(path)]
