@@ -231,11 +231,9 @@ def keep(item, rows, direction, seed, generator, out, mark=None, given=False):
     for j, row in enumerate(rows):
         if isinstance(row["picture"], torch.Tensor):
             save_picture(row, data.picture_name(item.name, j, prefix), out)
-        line = {"item": item.name, "direction": direction, "candidate": j, "of": len(rows),
-                "input": source, "seed": seed, "cut": cut[j], "mark": mark, **row}
-        if given:
-            line["given"] = True
-        lines.append(line)
+        lines.append({"item": item.name, "direction": direction, "candidate": j, "of": len(rows),
+                      "input": source, "seed": seed, "cut": cut[j], "mark": mark, "given": given,
+                      **row})
     records.append_rows(out / "candidates.jsonl", lines)
 
 
@@ -257,8 +255,7 @@ def draw_later(rows, generator, seed, draw, out):
 def finished(out, n, sources=None):
     """{item: its rows} of candidates.jsonl, as many as each line says (`of`; else n). An item that
     lacks some, or a picture, is done again, as is one that is another now (sources: {item: its
-    inputs.Source}). ValueError for rows that no run has written, or of another item of this name.
-    """
+    inputs.Source}). ValueError for rows that no run has written, or of another item of its name."""
     path = out / "candidates.jsonl"
     found = {}
     for number, row in enumerate(records.read_rows(path), 1):
@@ -267,8 +264,7 @@ def finished(out, n, sources=None):
             found[row["item"]] = []
         rows = found.setdefault(row["item"], [])
         if row["candidate"] != len(rows):
-            raise ValueError(f"{path}, line {number}: candidate {row['candidate']} of "
-                             f"{row['item']!r} comes as number {len(rows)}")
+            raise ValueError(f"{path}, line {number}: it was to be candidate {len(rows)}")
         rows.append(row)
     done = {}
     for item, rows in found.items():
@@ -408,7 +404,7 @@ def recall_words(rows, out):
         where = f"{path}, line {number}"
         for word in the(row, "words", list, where):
             kinds = [type(part) for part in word] if isinstance(word, list) else []
-            if len(kinds) != 3 or kinds[0] is not str or not {*kinds[1:]} <= {int, float}:
+            if kinds != [str, float, float]:
                 raise ValueError(f"{where}: expected words [word, number, number]")
         picture = the(row, "picture", (str, type(None)), where)
         known[the(row, "item", str, where), the(row, "caption", str, where), picture] = row["words"]

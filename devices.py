@@ -50,7 +50,7 @@ def device_and_dtype(device=None, dtype=None):
             dtype = torch.bfloat16
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
-        if found not in (torch.float32, torch.float16, torch.bfloat16):
+        if found not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
         dtype = found
     return device, dtype

@@ -99,7 +99,7 @@ def flags(argv=None):
     if args.job in ("score", "compare") and not args.refs:
         raise ValueError(f"--{args.job} needs --refs")
     if args.job == "labelfree" and not (args.images and args.captions):
-        raise ValueError("--label-free (--labelfree) needs --images and --captions")
+        raise ValueError("--label-free needs --images and --captions (so does --labelfree)")
     if args.job == "set" and not args.data and args.captioner != "miniature":
         raise ValueError(f"--captioner {args.captioner} needs --data, such as data/coco or "
                          "data/nocaps")
@@ -236,6 +236,7 @@ def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
     if ckpt:
         loading.load_trained(ckpt, captioner, generator)
     loading.record_revisions(out)
+    records.claim(out)
     if rank == 0:
         records.same_settings(out, settings)
     if unsaid:
@@ -344,6 +345,7 @@ def check_results(out):
 def write(results, out):
     """results.json and table.txt, and the table to the terminal."""
     path = out / "results.json"
+    records.claim(out)
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     if path.exists():
@@ -374,8 +376,8 @@ def main(args):
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
+        records.check_free(args.out)
         check_results(args.out)
-        records.claim(args.out)
     if processes > 1 and args.job == "set":
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
     notes = []

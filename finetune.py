@@ -309,8 +309,8 @@ def main(args):
         raise ValueError(f"{args.out} holds a training run: --resume goes on with it, another "
                          "--out begins anew")
     if rank == 0:
+        records.check_free(args.out)
         checkpoints.log_rows(args.out / "log.jsonl")         # one of anybody else is not replaced
-        records.claim(args.out)
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -360,6 +360,7 @@ def main(args):
               every=args.every, probe=args.probe, total=total, settings=settings_of(args),
               content=content,
               again=checkpoints.again(args.out, settings_of(args), args.device, processes))
+    records.claim(args.out)
     loading.record_revisions(args.out)
     start = 0
     if args.resume:

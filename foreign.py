@@ -23,7 +23,7 @@ def load(name, *args):
     module = importlib.util.module_from_spec(spec)
     guarded(f"{name}: {file}", spec.loader.exec_module, module)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"{name}: {file} defines no function {function}")
+        raise ValueError(f"{name}: {file} defines no {function}")
     model = guarded(name, getattr(module, function), *args)
     if not (hasattr(model, "speak") or hasattr(model, "draw")):
         raise ValueError(f"{name} gives {short(model)}: expected an object with `speak` or "

@@ -194,20 +194,35 @@ def as_lines(rows):
 
 
 # ---------------------------------------------------------------- a folder that is one run's
-def claim(folder):
-    """Makes a folder this process's own, until it ends. ValueError where another one has it."""
-    folder = Path(folder).absolute()
-    if fcntl is None or folder in CLAIMED:
-        return
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
+def lock(folder):
+    """The open file of a folder's lock, which this process then holds. ValueError where another
+    one does."""
+    file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         file.seek(0)
         raise ValueError(f"{folder} is in use by {file.read().strip() or 'another run'}: choose "
                          "another --out, or wait") from e
+    return file
+
+
+def check_free(folder):
+    """ValueError where another process works in a folder."""
+    folder = Path(folder).absolute()
+    if fcntl and folder not in CLAIMED and (folder / ".lock").exists():
+        lock(folder).close()
+
+
+def claim(folder):
+    """Makes a folder this process's own, until it ends; of torchrun's processes, by one. ValueError
+    where another run has it."""
+    folder = Path(folder).absolute()
+    if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder)
     file.truncate(0)
     command = shlex.join(["python", *sys.orig_argv[1:]])
     file.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} ({command})")

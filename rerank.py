@@ -173,7 +173,6 @@ def default_folder(settings):
     for folder in [*here, *(folder for folder in folders if folder not in here)]:
         try:
             check_folder(folder, settings)
-            records.claim(folder)
             return folder
         except ValueError:                       # of other settings, or in use
             continue
@@ -181,7 +180,9 @@ def default_folder(settings):
 
 
 def check_folder(out, settings):
-    """Refuses a folder that holds another run, or files of these names that are nobody's."""
+    """Refuses a folder that another process works in, that holds another run, or files of these
+    names that are nobody's."""
+    records.check_free(out)
     if (out / "settings.json").exists():
         records.same_settings(out, settings)
         return
@@ -192,14 +193,12 @@ def check_folder(out, settings):
 
 
 def take_folder(out, settings):
-    """The folder of this run, which is then its own: `out`, or a default one. Of torchrun's
-    processes one chooses, for all."""
+    """The folder of this run: `out`, or a default one. Of torchrun's processes one chooses."""
     process, processes = records.rank_and_world()
     place = [None]
     if process == 0:
         place = [out or default_folder(settings)]
         check_folder(place[0], settings)
-        records.claim(place[0])
     if processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.broadcast_object_list(place)
@@ -374,6 +373,7 @@ def main(args):
         likeness, clip = judges.likenesses(wanted, args.likeness, args.by, kind, args.judges,
                                            device, references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
+        records.claim(out)
         skipped = converse(rest, found, sources, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
@@ -394,6 +394,7 @@ def main(args):
         return 0
 
     # 3) all of it once more, ranked and in the order of the inputs
+    records.claim(out)
     for rows in done.values():
         best_of_n.rank(rows)
     by, ordered = choose(groups, args.by, wanted, direction)

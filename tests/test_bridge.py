@@ -17,6 +17,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 import bridge
+import script
 from captioners import Captioner
 from lab.bench import peak
 from miniature import world
@@ -557,17 +558,17 @@ def test_bad_input_is_told(miniature, encoder):
 
 
 def test_a_sentence_from_both_sides(miniature, capsys):
-    assert bridge.main(bridge.flags(["a blue ball"])) == 0
+    assert bridge.main(bridge.flags(script.Parser(""), ["a blue ball"])) == 0
     out = capsys.readouterr().out.splitlines()
     own = miniature[1].convert_ids_to_tokens(miniature[1]("a blue ball").input_ids)
     assert [line.split()[1] for line in out[1:1 + len(own)]] == own
     assert "of 5 slots the plain matrix gets" in out[-1]
     with pytest.raises(ValueError, match="nowhere is neither"):
-        bridge.main(bridge.flags(["--source", "nowhere"]))
+        bridge.main(bridge.flags(script.Parser(""), ["--source", "nowhere"]))
 
 
 def test_help_needs_no_model_library():
-    code = ("import sys, bridge\ntry: bridge.flags(['--help'])\n"
+    code = ("import sys, bridge\nimport script\ntry: bridge.flags(script.Parser(bridge.__doc__), ['--help'])\n"
             "except SystemExit: print('transformers' in sys.modules)")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                          check=True).stdout
@@ -577,7 +578,7 @@ def test_help_needs_no_model_library():
 def test_flags_survive_torchrun(capsys):
     from torch.distributed.run import get_args_parser
     with pytest.raises(SystemExit):
-        bridge.flags(["--help"])
+        bridge.flags(script.Parser(""), ["--help"])
     ours = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
     known = [o for a in get_args_parser()._actions for o in a.option_strings]
     assert ours == {"--source", "--target"} and not [

@@ -123,9 +123,11 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_what_a_file_lacks_is_named(tmp_path):
-    (tmp_path / "own.py").write_text("def load(device, dtype):\n    return device, dtype\n")
+    (tmp_path / "own.py").write_text("class Speaker:\n    speak = None\n"
+                                     "def load(device, dtype):\n"
+                                     "    Speaker.given = device, dtype\n    return Speaker()\n")
     found = Captioner.load(f"{tmp_path / 'own.py'}:load", "cpu")
-    assert found == (torch.device("cpu"), torch.float32)
+    assert found.given == (torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="defines no nothing"):
         Generator.load(f"{tmp_path / 'own.py'}:nothing")
     with pytest.raises(ValueError, match="there is no file"):
@@ -151,11 +153,15 @@ def test_judges_come_from_where_the_models_do(tmp_path):
         assert judges.default_place(captioner, generator) == "hub"
 
 
-def test_a_folder_of_judges_is_no_hub_id(monkeypatch):
+def test_a_folder_of_judges_is_no_hub_id(tmp_path, monkeypatch):
     """Where judges/clip is absent, no repository of that name is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judges").mkdir()
     monkeypatch.setattr(loading, "fetch", None)
     found, absent = judges.load(["clip", "pixel"], "image", "judges")
     assert set(found) == {"pixel"} and absent == {"clip": "there is no folder judges/clip"}
+    with pytest.raises(ValueError, match="--judges nowhere: it is one of miniature, hub, cache"):
+        judges.load(["clip"], "image", "nowhere")
 
 
 # ---------------------------------------------------------------- this process
@@ -190,7 +196,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
                                                  ("vitb", None, 5), ("vitb", "3", 5)])
 def test_the_miniature_takes_one_thread(name, told, threads):
     """Unless OMP_NUM_THREADS says otherwise; other models keep what there was."""
-    code = ("import torch, loading\n"
+    code = ("import torch, devices\n"
             "torch.set_num_threads(5)\n"
             f"devices.tune_process({name!r})\n"
             "print(torch.get_num_threads(), devices.keep_memory.cache_info().currsize)")
@@ -202,7 +208,7 @@ def test_freed_memory_is_kept_for_the_miniature():
     """Page faults of the same allocations: few after the process was tuned for it, unless the
     environment objects."""
     code = """
-import resource, torch, loading
+import resource, torch, devices
 def faults():
     together = [torch.zeros(2 ** 22) for _ in range(6)]
     del together
@@ -261,7 +267,7 @@ def test_revisions_are_recorded(tmp_path, monkeypatch, capsys):
     file = tmp_path / "out/revisions.json"
     monkeypatch.setattr(loading, "REVISIONS", {})
     loading.record_revisions(tmp_path / "out")
-    assert file.parent.is_dir() and not file.exists()          # no hub, nothing to say
+    assert not file.exists()                                   # no hub, nothing to say
     loading.REVISIONS["a/b"] = "123"
     loading.record_revisions(tmp_path / "out")
     loading.REVISIONS["c/d"] = "456"

@@ -16,6 +16,7 @@ from PIL import Image
 import best_of_n
 import cycle
 import data
+import inputs
 import judges
 import losses
 import records
@@ -184,8 +185,8 @@ def test_what_another_process_skipped_is_counted(tmp_path, capsys, monkeypatch):
     """The first of two processes; the other's share, a broken picture, came to nothing."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"nothing")
-    monkeypatch.setattr(data, "rank_and_world", lambda: (0, 2))
-    for name in ("init_process_group", "barrier", "destroy_process_group"):
+    monkeypatch.setattr(records, "rank_and_world", lambda: (0, 2))
+    for name in ("init_process_group", "broadcast_object_list", "barrier", "destroy_process_group"):
         monkeypatch.setattr(rerank.dist, name, lambda *a, **k: None)
     assert run(tmp_path, "--likeness", "pixel", out=tmp_path / "out") == 0
     assert "1 of 2 inputs done, 1 skipped" in capsys.readouterr().out
@@ -312,18 +313,23 @@ def test_ranks_by_hand():
 
 
 def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
-    lines = [{"item": "a", "candidate": j} for j in (0, 1)] + [{"item": "b", "candidate": 0}]
+    row = {"caption": "x", "input": "a.png", "picture": None, "direction": best_of_n.IMAGE,
+           "scores": {"denoise": 1.0}}
+    lines = [{"item": "a", "candidate": j} | row for j in (0, 1)]
+    lines.append({"item": "b", "candidate": 0} | row)
     records.write_rows(tmp_path / "candidates.jsonl", lines)
     assert best_of_n.finished(tmp_path, 2) == {"a": lines[:2]}
     # counts may differ by item; what was cut off and done again counts as done
-    many = [{"item": x, "candidate": j, "of": of} for x, of, stop in
+    many = [{"item": x, "candidate": j, "of": of} | row for x, of, stop in
             (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1)) for j in range(stop)]
     records.write_rows(tmp_path / "candidates.jsonl", many)
     assert best_of_n.finished(tmp_path, 2) == {"a": many[3:6], "b": many[2:3]}
-    given = [{"item": "a", "candidate": 0, "of": 1, "given": "x"}]
+    given = [{"item": "a", "candidate": 0, "of": 1, "mark": "x"} | row]
     records.write_rows(tmp_path / "candidates.jsonl", given)
-    assert best_of_n.finished(tmp_path, None, {"a": "x"}) == {"a": given}
-    assert best_of_n.finished(tmp_path, None, {"a": "y"}) == {}
+    assert best_of_n.finished(tmp_path, None, {"a": inputs.Source("x", "a.png", [])}) == {"a": given}
+    assert best_of_n.finished(tmp_path, None, {"a": inputs.Source("y", "a.png", [])}) == {}
+    with pytest.raises(ValueError, match="'a' is of 'a.png', not of 'b/a.png'"):
+        best_of_n.finished(tmp_path, None, {"a": inputs.Source("x", "b/a.png", [])})
 
 
 # ---------------------------------------------------------------- words, pairs, long prompts
@@ -461,7 +467,7 @@ def test_captions_of_a_file(tmp_path, capsys):
     assert "TOY MODELS" in said.out and f"--out {out}-real --captioner vitb" in said.out
     file.write_text(json.dumps(mine | {"1.png": ["a yellow ball"]}))
     assert rank("--captions", file, "--steps", 3, out=out) == 0
-    assert "1 of 2 already done" in capsys.readouterr().err
+    assert "1 of 2 already done" in capsys.readouterr().out
     assert [r["caption"] for r in rows(out)][3:] == ["a yellow ball"]
     with pytest.raises(ValueError, match="every candidate is ranked"):
         rank("--captions", file, "-n", 3, out=out)

@@ -209,7 +209,7 @@ SHAPES = [
         "text_config num_attention_heads": [0], "text_config hidden_size": [-1, 0], "text_config bos_token_id": [10 ** 6, None],
         "text_config sep_token_id": [None], "vision_config image_size": ["x", -1, 0, 10 ** 9]}),
     ("m/preprocessor_config.json", M, copy("miniature/blip"), {
-        "": [[], {}], "image_mean": ["x", [], None, [0.5]], "image_std": [[0, 0, 0]], "size": [7, "x", {"height": -1, "width": -1}, {"height": 10 ** 6, "width": 10 ** 6}],
+        "": [[], {}], "image_mean": ["x", [], None, [0.5]], "image_std": [[0, 0, 0]], "size": ["x", {"height": -1, "width": -1}, {"height": 10 ** 6, "width": 10 ** 6}],
         "resample": [99, "x"]}),
     ("m/tokenizer.json", M, copy("miniature/blip"), {"": [{}, []], "model": [None, {}], "model vocab": [[], {}]}),
     ("m/tokenizer_config.json", M, copy("miniature/blip"), {"": [[], None], "tokenizer_class": [7]}),
