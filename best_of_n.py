@@ -231,9 +231,18 @@ def keep(item, rows, direction, seed, generator, out, mark=None, given=False):
     for j, row in enumerate(rows):
         if isinstance(row["picture"], torch.Tensor):
             save_picture(row, data.picture_name(item.name, j, prefix), out)
-        lines.append({"item": item.name, "direction": direction, "candidate": j, "of": len(rows),
-                      "input": source, "seed": seed, "cut": cut[j], "mark": mark, "given": given,
-                      **row})
+        line = {
+            "item": item.name,
+            "direction": direction,
+            "candidate": j,
+            "of": len(rows),
+            "input": source,
+            "seed": seed,
+            "cut": cut[j],
+            "mark": mark,
+            "given": given,
+        }
+        lines.append(line | row)
     records.append_rows(out / "candidates.jsonl", lines)
 
 
@@ -271,25 +280,11 @@ def finished(out, n, sources=None):
         gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
         if gone or len(rows) != rows[0].get("of", n):
             records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
-        elif not made_of(rows, (sources or {}).get(item), path):
+        elif sources and item in sources and not sources[item].made(rows, path):
             records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
         else:
             done[item] = rows
     return done
-
-
-def made_of(rows, source, path):
-    """Whether an item's rows are of what it is now, its inputs.Source; None is anything."""
-    if source is None:
-        return True
-    named = {rows[0]["input"]}
-    if rows[0].get("given") and rows[0]["direction"] == TEXT:
-        named |= {row["picture"] for row in rows}
-    other = named - {None, source.input, *source.pictures}
-    if other:
-        raise ValueError(f"{path}: {rows[0]['item']!r} is of {min(other)!r}, not of "
-                         f"{source.input!r}: choose another --out")
-    return rows[0].get("mark") == source.mark
 
 
 def check_row(row, out, where):
@@ -299,8 +294,8 @@ def check_row(row, out, where):
     the(row, "candidate", int, where)
     if the(row, "direction", str, where) not in RANKS:
         raise ValueError(f"{where}: its direction is none of {', '.join(RANKS)}")
-    given = row.get("given") and row["direction"] == TEXT         # made_of looks at these
     picture = the(row, "picture", (str, type(None)), where)
+    given = row.get("given") and row["direction"] == TEXT         # inputs.Source looks at these
     if picture and not given:
         data.inside(out / picture, out, where)
     for kind in ("scores", "errors", "gaps"):

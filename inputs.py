@@ -225,6 +225,17 @@ class Source:
     input: str
     pictures: list
 
+    def made(self, rows, path):
+        """Whether rows of candidates.jsonl are of it. ValueError where they are of another one."""
+        named = {rows[0]["input"]}
+        if rows[0].get("given") and rows[0]["direction"] == TEXT:
+            named |= {row["picture"] for row in rows}
+        other = named - {None, self.input, *self.pictures}
+        if other:
+            raise ValueError(f"{path}: {rows[0]['item']!r} is of {min(other)!r}, not of "
+                             f"{self.input!r}: choose another --out")
+        return rows[0].get("mark") == self.mark
+
 
 def sources(found):
     """{item's name: its Source}."""

@@ -339,7 +339,7 @@ def main(args):
                  args.limit)
     direction, items = found.direction, found.items
     if not items:
-        raise ValueError(f"{', '.join(args.inputs) or args.data} holds nothing to rerank")
+        raise ValueError(f"{', '.join(args.inputs)}: nothing to rerank")
     reads = direction == TEXT or bool(found.given)
     args.scorer = args.scorer or default_scorer(args.captioner, args.generator, reads)
     refuse_idle(args, direction)
@@ -383,13 +383,10 @@ def main(args):
     done = best_of_n.finished(out, args.n, sources)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
-        of = f" of {args.captions or args.images}" if found.given else ""
-        raise ValueError(f"none of the {len(items)} inputs{of} could be read: "
-                         f"{'; '.join(skipped[:3]) or 'another process tells why'}")
+        raise ValueError(f"{args.captions or args.images or 'rerank'}: none of the {len(items)} "
+                         f"inputs could be read: {'; '.join(skipped[:3])}")
     for reason in skipped:
         script.say(f"skipped {reason}")
-    if processes > 1:
-        dist.destroy_process_group()
     if process > 0:
         return 0
 

@@ -30,15 +30,16 @@ def test_outside_of_the_environment(name, tmp_path):
     assert f"in {ROOT}, `source .venv/bin/activate`" in out.stderr
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("world", [{}, {"RANK": "0", "LOCAL_WORLD_SIZE": "2"}, {"RANK": "1"}])
 def test_a_stop_is_one_line(tmp_path, number, code, world):
-    shutil.copy(ROOT / "script.py", tmp_path)
+    for name in ("script.py", "records.py"):
+        shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "waits.py").write_text(WAITS)
     command = [sys.executable, "waits.py", "a b.png", "--n", "3"]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True, env={"PATH": ""} | world)
-    while not (tmp_path / "ready").exists():
+    while not (tmp_path / "ready").exists() and job.poll() is None:
         time.sleep(.02)
     job.send_signal(number)
     out, err = job.communicate(timeout=20)
