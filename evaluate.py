@@ -169,6 +169,8 @@ def share(items, out, direction):
     """This process's share of the items that are not done yet."""
     rank, world = records.rank_and_world()
     done = kept(out, direction)
+    if done and rank == 0:
+        print(f"{sum(x.name in done for x in items)} of {len(items)} {direction} already done")
     return [x for x in items[rank::world] if x.name not in done]
 
 
@@ -417,8 +419,6 @@ def main(args):
             results |= table_3(items, args.out, *with_notes, args.glove, args.ci)
         if args.only != "captions":
             results |= table_4(items, args.out, *with_notes, args.inception, args.ci)
-    if args.job == "set":                        # the only one that keeps work
-        records.same_settings(args.out, binds)
     settings = {name: getattr(args, name) for name in JOBS[args.job]}
     results |= {"notes": notes, "settings": settings, "revisions": loading.REVISIONS}
     write(results, args.out)

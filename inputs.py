@@ -4,7 +4,8 @@
     found = given_captions("captions.json")
     found.items[0].path, found.given["photo.jpg"]
 
-Copy this file with best_of_n.py and data.py.
+Copy this file with best_of_n.py, cycle.py, data.py, losses.py, pictures.py and records.py; the
+miniature is for `toys`.
 """
 import os
 import re
@@ -280,9 +281,14 @@ def toys(captioner, generator, found, line):
         return "", ""
     who = " and ".join(small)
     unknown = strange(found)
-    real = ["python", "rerank.py", *line, "--captioner", "vitb", "--generator", "sd14"]
-    if "--out" in line:                          # its own folder
-        real[line.index("--out") + 3] += "-real"
+    real = ["python", "rerank.py"]
+    words = []
+    for word in line:                            # --flag=value is two of them
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    for flag, word in zip(["", *words], words):
+        if not {flag, word} & {"--captioner", "--generator", "--ckpt", "--judges"}:
+            real.append(f"{word}-real" if flag == "--out" else word)      # a folder of its own
+    real += ["--captioner", "vitb", "--generator", "sd14"]
     warning = (f"TOY MODELS: the {who} of the miniature know small drawn shapes in "
                f"{len(VOCABULARY)} words, and do not know {unknown}: what comes of it means "
                f"nothing. Real models: {shlex.join(real)}")

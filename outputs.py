@@ -6,7 +6,7 @@ and what the choice is worth.
     datasets.load_dataset("imagefolder", data_dir="out/rerank/winners")       # image, text
 
 ordered: {item: its rows of candidates.jsonl, best first}. Copy this file with best_of_n.py,
-page.py, metrics.py and data.py.
+cycle.py, data.py, losses.py, metrics.py, page.py, pictures.py and records.py.
 """
 import csv
 import io
@@ -255,7 +255,8 @@ def show_worth(groups, items, by, whole=()):
             values = [score_of(row, name) for row in rows]
             scores.setdefault(name, []).append(values + [-np.inf] * fill)
     # a judge that was absent for a while has scored some items only
-    scores = {name: values for name, values in scores.items() if len(values) == len(groups)}
+    scores = {name: values for name, values in scores.items()
+              if len(values) == len(groups) and np.isfinite(values).any()}
     df = metrics.document_frequency([x.captions for x in whole or items if x.captions])
     quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
     for values, rows in zip(quality, groups.values()):
@@ -291,6 +292,8 @@ def odd(groups, given, by, generator, absent):
     """Lines on what of the ranked rows is not as it should be. absent: what is said of a winner
     that could have been drawn, and is not."""
     rows = list(itertools.chain(*groups.values()))
+    if by == "both" and min(map(len, groups.values())) == 2:
+        yield "of two candidates `both` is a vote: it takes three to say how far they lie apart"
     cut = sum(row.get("cut", False) for row in rows)
     if cut:
         yield (f"{cut} of {len(rows)} captions are longer than the text encoder of {generator} "

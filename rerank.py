@@ -318,6 +318,8 @@ def tell(found, done):
         script.say(note)
     if old:
         print(f"{old} of {len(found.items)} already done")
+    if len(done) > old:
+        print(f"{len(done) - old} earlier items stay in candidates.jsonl; all else is of this run")
 
 
 def choose(groups, by, wanted, direction):

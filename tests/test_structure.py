@@ -47,6 +47,19 @@ def test_a_room_imports_no_sibling(room):
     assert imports(ROOT / f"{room}.py") & {*ROOMS, *SCRIPTS, "miniature", "lab"} <= set(ROOMS[room])
 
 
+@pytest.mark.parametrize("room", set(ROOMS) - {"script", "batches", "checkpoints"})
+def test_what_a_room_is_copied_with_is_said(room):
+    """Its docstring names all that it imports, and what these import (`script` is the command line's)."""
+    found, left = set(), [room]
+    while left:
+        new = set(ROOMS[left.pop()]) - {"miniature", "script", room} - found
+        found |= new
+        left += new
+    said = re.search(r"Copy this\s+file\s+(.*)", ast.get_docstring(ast.parse((ROOT / f"{room}.py").read_text())), re.S)[1]
+    named = set(re.findall(r"(\w+)\.py", said.partition("\n\n")[0].partition(": it needs")[0]))
+    assert named == found or ("alone" in said and not found)
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_nobody_imports_a_script_or_the_lab(path):
     inside_lab = path.parent.name == "lab"
