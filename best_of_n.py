@@ -1,4 +1,4 @@
-"""Best of N: candidates as rows, how they are kept and ranked, their words.
+"""Best of N: candidates as rows, how they are kept and ranked.
 
     rows, = captions_for([image], ["photo.jpg"], captioner, generator, {})
     best_first(rows, "denoise")[0]["caption"]
@@ -15,7 +15,6 @@ Letters: B items, n candidates of each, H W pixels.
 import math
 
 import torch
-from tqdm import tqdm
 
 import cycle
 import data
@@ -33,9 +32,9 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
 
     more: of captions_for; item: what the noise hangs on. Nothing is drawn, unless `draw` says so.
     """
-    if image.ndim != 3 or isinstance(captions, str) or not len(captions):
-        raise ValueError(f"expected one picture (3, H, W) and a list of captions, not "
-                         f"{tuple(image.shape)} and {captions!r}")
+    if getattr(image, "ndim", 0) != 3 or isinstance(captions, str) or not len(captions):
+        raise ValueError("expected one picture (3, H, W), such as data.open_image gives, and a "
+                         f"list of captions, not {ascii(image)[:60]} and {captions!r}")
     if more.get("scorer", "both") == "both":
         more["draw"] = {"steps": 0} | more.get("draw", {})
     more = {"likeness": {}} | more
@@ -218,9 +217,9 @@ def put_picture(row, picture):
 
 
 # ---------------------------------------------------------------- kept in a file
-def keep(item, rows, direction, seed, generator, out, mark=None, given=False):
-    """Appends an item's lines to candidates.jsonl, once its pictures are saved. mark: of its
-    inputs.Source; given: whether its candidates existed; their pictures are then files."""
+def keep(item, rows, direction, seed, generator, out, mark=None):
+    """Appends an item's lines to candidates.jsonl, once its pictures are saved (those that existed
+    are files already). mark: of its inputs.Source."""
     prefix = None if direction == IMAGE else "sentence"
     source = str(item.path) if direction == IMAGE else item.captions[0]
     cut = [False] * len(rows)
@@ -240,7 +239,6 @@ def keep(item, rows, direction, seed, generator, out, mark=None, given=False):
             "seed": seed,
             "cut": cut[j],
             "mark": mark,
-            "given": given,
         }
         lines.append(line | row)
     records.append_rows(out / "candidates.jsonl", lines)
@@ -262,47 +260,55 @@ def draw_later(rows, generator, seed, draw, out):
 
 
 def finished(out, n, sources=None):
-    """{item: its rows} of candidates.jsonl, as many as each line says (`of`; else n). An item that
-    lacks some, or a picture, is done again, as is one that is another now (sources: {item: its
-    inputs.Source}). ValueError for rows that no run has written, or of another item of its name."""
+    """Items of candidates.jsonl: ({item: its rows}, as many as each line says (`of`; else n); the
+    same of those that are others now).
+
+    sources: {item: its inputs.Source}. An item that lacks some, or a picture, is done again, as is
+    one that is another now. ValueError for rows that no run has written.
+    """
     path = out / "candidates.jsonl"
     found = {}
     for number, row in enumerate(records.read_rows(path), 1):
-        check_row(row, out, f"{path}, line {number}")
+        known = ()
+        if sources:                              # of an item not asked for nothing is shown
+            source = sources.get(str(row.get("item")))
+            known = source.pictures if source else [row.get("picture")]
+        check_row(row, out, f"{path}, line {number}", known)
         if row["candidate"] == 0:                # an item's lines are written at once, in order
             found[row["item"]] = []
         rows = found.setdefault(row["item"], [])
         if row["candidate"] != len(rows):
             raise ValueError(f"{path}, line {number}: it was to be candidate {len(rows)}")
         rows.append(row)
-    done = {}
+    done, stale = {}, {}
     for item, rows in found.items():
         gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
         if gone or len(rows) != rows[0].get("of", n):
             records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
         elif sources and item in sources and not sources[item].made(rows, path):
             records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
+            stale[item] = rows
         else:
             done[item] = rows
-    return done
+    return done, stale
 
 
-def check_row(row, out, where):
-    """Raises ValueError for a line that no run has written: what it names is read and shown."""
+def check_row(row, out, where, known=()):
+    """Raises ValueError for a line that no run has written: what it names is read and shown. known:
+    pictures that may lie out of the folder."""
     for name in ("item", "caption", "input"):
         the(row, name, str, where)
     the(row, "candidate", int, where)
     if the(row, "direction", str, where) not in RANKS:
         raise ValueError(f"{where}: its direction is none of {', '.join(RANKS)}")
     picture = the(row, "picture", (str, type(None)), where)
-    given = row.get("given") and row["direction"] == TEXT         # inputs.Source looks at these
-    if picture and not given:
-        data.inside(out / picture, out, where)
+    if picture and picture not in known:
+        data.inside(out / picture, out, where, ours=True)
     for kind in ("scores", "errors", "gaps"):
         for name in the(row, kind, dict, where, {}):
-            the(row[kind], name, (int, float, type(None)), where)
-            if not name.isidentifier():
-                raise ValueError(f"{where}: {name!r} is no score")
+            value = the(row[kind], name, (int, float, type(None)), where)
+            if not name.isidentifier() or not math.isfinite(value or 0):
+                raise ValueError(f"{where}: {name!r} {value} is no score")
     if not row.get("scores"):
         raise ValueError(f"{where}: it has no scores")
 
@@ -327,13 +333,14 @@ def best_first(rows, name):
     return sorted(rows, key=lambda row: -score_of(row, name))
 
 
-def rank(rows):
-    """Puts into each row its rank (0 = best) by every score."""
-    for row in rows:
-        row["rank"] = {}
-    for name in rows[0]["scores"]:
-        for place, row in enumerate(best_first(rows, name)):
-            row["rank"][name] = place
+def rank(groups):
+    """Puts into each row of {item: rows} its rank (0 = best) by every score."""
+    for rows in groups.values():
+        for row in rows:
+            row["rank"] = {}
+        for name in rows[0]["scores"]:
+            for place, row in enumerate(best_first(rows, name)):
+                row["rank"][name] = place
 
 
 # ---------------------------------------------------------------- why the first wins
@@ -388,39 +395,3 @@ def with_reason(rows, by):
         out[place - 1]["behind"] = apart, error
         out[place - 1]["tie"] = apart <= (error or 0)
     return out
-
-
-# ---------------------------------------------------------------- words
-def recall_words(rows, out):
-    """Puts `words` into the rows for which words.jsonl has them; returns the others."""
-    known = {}
-    path = out / "words.jsonl"
-    for number, row in enumerate(records.read_rows(path), 1):
-        where = f"{path}, line {number}"
-        for word in the(row, "words", list, where):
-            kinds = [type(part) for part in word] if isinstance(word, list) else []
-            if kinds != [str, float, float]:
-                raise ValueError(f"{where}: expected words [word, number, number]")
-        picture = the(row, "picture", (str, type(None)), where)
-        known[the(row, "item", str, where), the(row, "caption", str, where), picture] = row["words"]
-    for row in rows:
-        row["words"] = known.get((row["item"], row["caption"], row["picture"]))
-    return [row for row in rows if row["words"] is None]
-
-
-def explain(rows, generator, draws, seed, batch, out):
-    """Puts `words` into rows, and into words.jsonl: [word, contribution, standard error] of caption
-    and picture; of a sentence, of the picture chosen for it."""
-    if not getattr(generator, "denoises", False):
-        raise ValueError("--words: the generator is no Stable Diffusion 1.x or 2.x, whose loss is "
-                         "known here")
-    for row in tqdm(rows, desc="words"):
-        picture, text = row["input"], row["caption"]
-        if row["direction"] == TEXT:
-            picture, text = out / row["picture"], row["input"]
-        timesteps, noise = cycle.noises(generator, draws, seed, row["item"])
-        image = data.open_image(picture)
-        words = losses.words(generator, image, text, timesteps, noise, batch)
-        row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
-        kept = {name: row[name] for name in ("item", "caption", "picture", "words")}
-        records.append_rows(out / "words.jsonl", [kept])

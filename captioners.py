@@ -74,8 +74,9 @@ class Captioner:
             model = model_class.from_pretrained(place, dtype=dtype, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
             processor = transformers.AutoImageProcessor.from_pretrained(place, **local)
+            model = model.to(device)
             check_finite(model)
-            return own_class(model.to(device), tokenizer, processor)
+            return own_class(model, tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
         known = processor.do_normalize and int(processor.resample) in (2, 3)

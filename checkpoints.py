@@ -142,6 +142,15 @@ def header(out):
     return about
 
 
+def check_out(out, resume):
+    """Refuses a folder that holds another run, or is in use; a log.jsonl of somebody else's."""
+    records.check_free(out)
+    log_rows(out / "log.jsonl")
+    if (out / "checkpoint.safetensors").exists() and not resume:
+        raise ValueError(f"{out} holds a training run: --resume goes on with it, another --out "
+                         "begins anew")
+
+
 def restore(out, trained, adam, settings, content):
     """Puts weights and moments back; the step they are of. Refuses other settings or models."""
     about = header(out)

@@ -11,7 +11,6 @@
 
 Writes into --out: captions and pictures (kept: run again, it goes on), results.json, table.txt.
 What can't be had here (Java, Inception, word vectors) costs one line, and is null in the results.
-The miniature runs on one thread a process (OMP_NUM_THREADS rules).
 """
 import script  # isort: skip
 import json
@@ -33,8 +32,8 @@ import losses
 import metrics
 import records
 import tables
-from captioners import Captioner
-from generators import Generator
+from captioners import CAPTIONERS, Captioner
+from generators import GENERATORS, Generator
 from records import the
 from script import real, whole
 
@@ -160,7 +159,7 @@ def kept(out, direction):
             if direction == "captions":
                 the(row, "caption", str, where)
             elif the(row, "picture", (str, type(None)), where):
-                data.inside(out / row["picture"], out, where)
+                data.inside(out / row["picture"], out, where, ours=True)
             found[the(row, "item", str, where)] = row
     return found
 
@@ -372,16 +371,18 @@ def main(args):
     binds = {name: str(getattr(args, name)) for name in JOBS[args.job] if name not in FREE}
     if args.job == "set":
         items, binds["content"] = items_of(args.data, args.split, args.limit)
-        for name in ("captioner", "generator", "ckpt"):
-            binds[name] = records.marked(getattr(args, name))
+        models = {name: getattr(args, name) for name in ("captioner", "generator", "ckpt")}
+        binds |= records.marks(models, {*CAPTIONERS, *GENERATORS})
     process, processes = records.rank_and_world()
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
         records.check_free(args.out)
         check_results(args.out)
-    if processes > 1 and args.job == "set":
+    if processes > 1 and args.job == "set":      # the others write at once
+        records.claim(args.out)
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
+        dist.barrier()
     notes = []
     with_notes = args.judges, device, notes
     if args.job == "score":

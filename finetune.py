@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import bridge
 import checkpoints
+import data
 import devices
 import loading
 import losses
@@ -45,7 +46,8 @@ from script import real, whole
 
 LOSSES = losses.NAMES
 SIDES = checkpoints.SIDES
-PLACES = ("out", "resume", "export", "device")                 # not taken over by a resumed run
+# not taken over by a resumed run
+PLACES = ("out", "resume", "export", "device", "anywhere")
 
 
 def parser():
@@ -53,6 +55,7 @@ def parser():
     cli.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder or hub id")
     cli.add_argument("--generator", help="miniature, sd14, folder or hub id; follows --captioner")
     cli.add_argument("--data", help="folder: COCO, or pictures with metadata.jsonl, .csv or .txt")
+    cli.add_argument("--anywhere", action="store_true", help="pictures may lie out of --data")
     cli.add_argument("--split", default="train", help="of --data; all: nothing is held out")
     cli.add_argument("--own", help="pictures without captions for ir: a folder, a split of --data")
     cli.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="Table 5")
@@ -298,6 +301,7 @@ def gradient_norm(trained, side):
 
 # ---------------------------------------------------------------- the run
 def main(args):
+    data.LEAVE = args.anywhere
     if args.export:
         return checkpoints.export(args.out, args.captioner, args.generator, args.export)
     rank, processes = records.rank_and_world()
@@ -305,12 +309,7 @@ def main(args):
     device, dtype = devices.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                # float16 would want its losses scaled
-    if (args.out / "checkpoint.safetensors").exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a training run: --resume goes on with it, another "
-                         "--out begins anew")
-    if rank == 0:
-        records.check_free(args.out)
-        checkpoints.log_rows(args.out / "log.jsonl")         # one of anybody else is not replaced
+    checkpoints.check_out(args.out, args.resume)
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -361,6 +360,7 @@ def main(args):
               content=content,
               again=checkpoints.again(args.out, settings_of(args), args.device, processes))
     records.claim(args.out)
+    checkpoints.check_out(args.out, args.resume)     # another may have been here meanwhile
     loading.record_revisions(args.out)
     start = 0
     if args.resume:
@@ -377,7 +377,7 @@ def train(run, start):
     number of the signal that stopped it."""
     speaks = run.rank == 0                                   # one of the processes writes
     stops, handlers = [], {}
-    for number in script.STOPS:
+    for number in script.stops():
         handlers[number] = signal.signal(number, lambda caught, _: stops.append(caught))
     log = run.out / "log.jsonl"
     first = last = {}

@@ -48,10 +48,11 @@ class Generator:
                 # Differs: no safety checker, as a picture it blackens could not be compared
                 pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, safety_checker=None,
                                                          requires_safety_checker=False, **options)
+            pipe = pipe.to(device)
             for part in pipe.components.values():
                 if isinstance(part, torch.nn.Module):
                     check_finite(part)
-        return cls(pipe.to(device))
+        return cls(pipe)
 
     def __init__(self, pipe):
         pipe.set_progress_bar_config(disable=True)

@@ -7,6 +7,7 @@
 Copy this file with best_of_n.py, cycle.py, data.py, losses.py, pictures.py and records.py; the
 miniature is for `toys`.
 """
+import functools
 import os
 import re
 import shlex
@@ -123,7 +124,7 @@ def given_captions(path, limit=None, items=()):
     """
     out = Inputs(IMAGE, [], whole=list(items))
     if os.path.isdir(path):
-        rows = [(item, item.captions) for item in data.read(path)]
+        rows = [(replace(item, captions=[]), item.captions) for item in data.read(path)]
     else:
         known = {item.name: item for item in items}
         known |= {item.path.as_posix(): item for item in items}
@@ -205,9 +206,10 @@ def table_of(path, keys, names):
 
 def item_of(name, path, known):
     """The item of a picture that a file names: one of those known; None if it isn't."""
+    beside = Path(path).parent / name
     if not known:
         return data.Item(name, picture_file(name, path))
-    return known.get(name) or known.get(picture_file(name, path).as_posix())
+    return known.get(name) or known.get(Path(name).as_posix()) or known.get(beside.as_posix())
 
 
 def picture_file(name, path):
@@ -220,22 +222,28 @@ def picture_file(name, path):
 
 @dataclass
 class Source:
-    """What an item's rows are made of. mark: another one where its picture, its text or any of its
-    candidates is another; input: its path, or its text; pictures: those that exist, as paths."""
-    mark: str
+    """What an item's rows are made of: in this direction, of its path or text (input), and of
+    candidates that exist, captions and pictures (paths)."""
+    direction: str
     input: str
+    captions: list
     pictures: list
+
+    @functools.cached_property
+    def mark(self):
+        """Another one where its picture, or any of its candidates, is another; None where one of
+        them is not there to be looked at."""
+        files = [self.input, *self.pictures] if self.direction == IMAGE else self.pictures
+        seen = [records.fingerprint(file) for file in files]
+        return records.digest([self.captions, seen]) if all(seen) else None
 
     def made(self, rows, path):
         """Whether rows of candidates.jsonl are of it. ValueError where they are of another one."""
-        named = {rows[0]["input"]}
-        if rows[0].get("given") and rows[0]["direction"] == TEXT:
-            named |= {row["picture"] for row in rows}
-        other = named - {None, self.input, *self.pictures}
-        if other:
-            raise ValueError(f"{path}: {rows[0]['item']!r} is of {min(other)!r}, not of "
-                             f"{self.input!r}: choose another --out")
-        return rows[0].get("mark") == self.mark
+        for row in rows:
+            if (row["direction"], row["input"]) != (self.direction, self.input):
+                raise ValueError(f"{path}: {row['item']!r} is of {row['input']!r}, not of "
+                                 f"{self.input!r}: choose another --out")
+        return self.mark is None or {self.mark} == {row.get("mark") for row in rows}
 
 
 def sources(found):
@@ -244,10 +252,9 @@ def sources(found):
     for item in found.items:
         given = found.given.get(item.name, [])
         pictures = [str(path.resolve()) for path in given if isinstance(path, Path)]
-        texts = [x for x in given if isinstance(x, str)]
-        seen = [records.fingerprint(path) for path in (item.path, *pictures) if path]
+        captions = [x for x in given if isinstance(x, str)]
         source = str(item.path) if item.path else item.captions[0]
-        out[item.name] = Source(records.digest([texts, seen]), source, pictures)
+        out[item.name] = Source(found.direction, source, captions, pictures)
     return out
 
 
@@ -266,7 +273,7 @@ def strange(found):
     words = [word for word in words if word not in VOCABULARY]
     said = []
     if pictures:
-        said.append(f"{len(pictures)} of {len(files)} pictures ({pictures[0]})")
+        said.append(f"{len(pictures)} of {len(files)} pictures, not of their set ({pictures[0]})")
     if words:
         said.append(f"{len(words)} words ({', '.join(words[:5])})")
     return " and ".join(said)

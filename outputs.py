@@ -1,5 +1,5 @@
-"""What comes out of a run: candidates.csv, winners/, preference pairs, best.json, sheet and page,
-and what the choice is worth.
+"""What comes out of a run: words, candidates.csv, winners/, preference pairs, best.json, sheet and
+page, and what the choice is worth.
 
     write_table(ordered, "both", Path("out/rerank/candidates.csv"))
     write_winners(ordered, "both", Path("out/rerank"))
@@ -16,15 +16,57 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
+import cycle
+import data
+import losses
 import metrics
 import page
 import records
-from best_of_n import IMAGE, best_first, score_of, tied, with_reason
+from best_of_n import IMAGE, TEXT, best_first, score_of, tied, with_reason
+from records import the
 
 PRINTED = 6                                      # items whose candidates are printed
+FEW = 30                                         # items below which no interval is to be trusted
 # words that datasets takes, in the small letters of a file's name, for the split the file is in
 SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?)(?![^\W\d_])"
+
+
+# ---------------------------------------------------------------- words
+def recall_words(rows, out):
+    """Puts `words` into the rows for which words.jsonl has them; returns the others."""
+    known = {}
+    path = out / "words.jsonl"
+    for number, row in enumerate(records.read_rows(path), 1):
+        where = f"{path}, line {number}"
+        for word in the(row, "words", list, where):
+            kinds = [type(part) for part in word] if isinstance(word, list) else []
+            if kinds != [str, float, float]:
+                raise ValueError(f"{where}: expected words [word, number, number]")
+        picture = the(row, "picture", (str, type(None)), where)
+        known[the(row, "item", str, where), the(row, "caption", str, where), picture] = row["words"]
+    for row in rows:
+        row["words"] = known.get((row["item"], row["caption"], row["picture"]))
+    return [row for row in rows if row["words"] is None]
+
+
+def explain(rows, generator, draws, seed, batch, out):
+    """Puts `words` into rows, and into words.jsonl: [word, contribution, standard error] of caption
+    and picture; of a sentence, of the picture chosen for it."""
+    if not getattr(generator, "denoises", False):
+        raise ValueError("--words: the generator is no Stable Diffusion 1.x or 2.x, whose loss is "
+                         "known here")
+    for row in tqdm(rows, desc="words"):
+        picture, text = row["input"], row["caption"]
+        if row["direction"] == TEXT:
+            picture, text = out / row["picture"], row["input"]
+        timesteps, noise = cycle.noises(generator, draws, seed, row["item"])
+        image = data.open_image(picture)
+        words = losses.words(generator, image, text, timesteps, noise, batch)
+        row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
+        kept = {name: row[name] for name in ("item", "caption", "picture", "words")}
+        records.append_rows(out / "words.jsonl", [kept])
 
 
 # ---------------------------------------------------------------- for a spreadsheet
@@ -209,7 +251,8 @@ def show(found, ordered, by, note, warning, undrawn, out):
         for place, row in enumerate(rows, 1):
             names = (by, *page.PARTS.get(by, ()))
             scores = [f"{name} {score_of(row, name):8.4f}" for name in names]
-            print(f"  {place:2d}  {'  '.join(scores)}  {row['caption']}")
+            file = "" if picture else f"{row['picture'] or 'not drawn'}  "
+            print(f"  {place:2d}  {'  '.join(scores)}  {file}{row['caption']}")
             for word, value, error in row.get("words", ()):
                 print(f"        {word:12s} {value:+.4f} +- {error:.4f}")
     if len(shown) > PRINTED:
@@ -270,7 +313,7 @@ def show_worth(groups, items, by, whole=()):
               f"{found['gain']:+6.1f} [{low:+.1f}, {high:+.1f}]")
         if name == by:
             verdict = "the choice helps" if low > 0 else "the choice harms"
-            if low <= 0 <= high:
+            if low <= 0 <= high or len(groups) < FEW:
                 verdict = f"{len(groups)} items do not tell whether the choice helps"
     if by in scores:
         print(f"By {by}: {verdict} (95 % interval of the gain over a random candidate)")

@@ -204,19 +204,22 @@ def lock(folder):
         file.seek(0)
         raise ValueError(f"{folder} is in use by {file.read().strip() or 'another run'}: choose "
                          "another --out, or wait") from e
+    except OSError as e:                         # of a file system that has no locks
+        say(f"{folder} can't be locked ({e.strerror}): let no other run write into it")
     return file
 
 
 def check_free(folder):
     """ValueError where another process works in a folder."""
     folder = Path(folder).absolute()
-    if fcntl and folder not in CLAIMED and (folder / ".lock").exists():
+    first = rank_and_world()[0] == 0             # of torchrun's processes it holds the lock
+    if fcntl and first and folder not in CLAIMED and (folder / ".lock").exists():
         lock(folder).close()
 
 
 def claim(folder):
-    """Makes a folder this process's own, until it ends; of torchrun's processes, by one. ValueError
-    where another run has it."""
+    """Makes a folder this process's own, until it ends; of torchrun's processes the first holds it
+    for all. ValueError where another run has it."""
     folder = Path(folder).absolute()
     if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
         return
@@ -260,26 +263,33 @@ def digest(value):
 
 def fingerprint(path):
     """A short name of what a file, or all files of a folder, hold: of large ones, of their size and
-    of 64 places in them. "" where there is nothing at this path."""
+    of many places in them. "" where there is nothing at this path."""
     found = hashlib.blake2b(digest_size=8)
     path = Path(path)
+    if (path / "checkpoint.safetensors").exists():           # of finetune.py; the rest is its log
+        path = path / "checkpoint.safetensors"
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
         if file.is_file():
             size = file.stat().st_size
             found.update(f"{file.relative_to(path)} {size}".encode(errors="surrogateescape"))
             with open(file, "rb") as f:
-                for start in range(0, size, max(1 << 16, size // 64)):
+                for start in range(0, size, max(4096, size // 4096)):
                     f.seek(start)
-                    found.update(f.read(1 << 16))
+                    found.update(f.read(4096))
     return found.hexdigest() if path.exists() else ""
 
 
-def marked(name):
-    """A model's name as settings hold it: of a file or a folder, with its fingerprint."""
-    path = re.sub(r"(?<=\.py):\w+$", "", str(name))
-    mark = "" if name in (None, "miniature") else fingerprint(path)
-    return f"{name} ({mark})" if mark else str(name)
+def marks(names, known):
+    """{"KIND files": fingerprint} of models {kind: name} that are files or folders, and none of the
+    known names: as settings hold them beside the names."""
+    found = {}
+    for kind, name in names.items():
+        path = re.sub(r"(?<=\.py):\w+$", "", str(name))
+        mark = "" if name is None or name in known else fingerprint(path)
+        if mark:
+            found[f"{kind} files"] = mark
+    return found
 
 
 def rank_and_world():

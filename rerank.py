@@ -15,8 +15,7 @@
 Writes into --out: index.html and sheet.png to look at; candidates.jsonl (a line a candidate: item,
 caption, picture, scores and their standard errors, ranks), the same as candidates.csv, best.json;
 winners/ (pictures and captions that `datasets` reads). Run again, it goes on where it stopped;
-another --by ranks anew without redoing anything. Under torchrun every process takes its share. The
-miniature runs on one thread a process (OMP_NUM_THREADS rules).
+another --by ranks anew without redoing anything. Under torchrun every process takes its share.
 """
 import script  # isort: skip
 import functools
@@ -37,8 +36,8 @@ import loading
 import outputs
 import records
 from best_of_n import IMAGE, TEXT, best_first
-from captioners import Captioner
-from generators import Generator, few_steps
+from captioners import CAPTIONERS, Captioner
+from generators import GENERATORS, Generator, few_steps
 from script import real, whole
 
 LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"],
@@ -117,6 +116,7 @@ def complete(args):
     if args.n is None and not exist:
         args.n = 10
     args.generator = args.generator or ("miniature" if small else "sd14")
+    args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     args.data = args.data or ("miniature" if small and not exist else None)
     if args.split is None:
         own = args.data in (None, "miniature")
@@ -169,8 +169,7 @@ def default_scorer(captioner, generator, reads):
 def default_folder(settings):
     """Of out/rerank, out/rerank-2 ... the one with a run of these settings, or the first free."""
     folders = [Path("out/rerank"), *(Path(f"out/rerank-{i}") for i in range(2, 1000))]
-    here = [folder for folder in folders if (folder / "settings.json").exists()]
-    for folder in [*here, *(folder for folder in folders if folder not in here)]:
+    for folder in sorted(folders, key=lambda folder: not (folder / "settings.json").exists()):
         try:
             check_folder(folder, settings)
             return folder
@@ -199,6 +198,9 @@ def take_folder(out, settings):
     if process == 0:
         place = [out or default_folder(settings)]
         check_folder(place[0], settings)
+        if processes > 1:                        # the others write at once
+            records.claim(place[0])
+            records.same_settings(place[0], settings)
     if processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.broadcast_object_list(place)
@@ -208,8 +210,8 @@ def take_folder(out, settings):
 def settings_of(args, found):
     """What a run is made of, {name: str}: its folder takes no other one."""
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
-    for name in ("captioner", "generator", "ckpt", "judges"):
-        settings[name] = records.marked(getattr(args, name))
+    models = {name: getattr(args, name) for name in ("captioner", "generator", "ckpt", "judges")}
+    settings |= records.marks(models, {*CAPTIONERS, *GENERATORS, *judges.PLACES})
     settings |= {"direction": found.direction, "given": str(bool(found.given) or None)}
     if args.inputs or args.images or not args.data:
         return settings | {"data": "None", "split": "None"}
@@ -305,7 +307,7 @@ def converse(items, found, sources, out, settings, how):
                 for row, name in zip(rows, names or ()):
                     row["picture"] = name
                 best_of_n.keep(item, rows, found.direction, how["seed"], how["generator"], out,
-                               sources[item.name].mark, bool(found.given))
+                               sources[item.name].mark)
         bar.update(len(items[start:start + chunk]))
     bar.close()
     return skipped
@@ -316,7 +318,7 @@ def tell(found, done):
     old = sum(item.name in done for item in found.items)
     for note in found.notes:
         script.say(note)
-    if old:
+    if done:
         print(f"{old} of {len(found.items)} already done")
     if len(done) > old:
         print(f"{len(done) - old} earlier items stay in candidates.jsonl; all else is of this run")
@@ -348,13 +350,12 @@ def main(args):
     draws = args.draw or direction == TEXT or args.scorer != "both"
     if args.steps == 0 and draws and not args.images:
         raise ValueError("--steps 0: only --scorer both of pictures needs no drawing")
-    args.judges = args.judges or judges.default_place(args.captioner, args.generator)
     settings = settings_of(args, found)
     out = take_folder(args.out, settings)
     if out.name != "rerank" and args.out is None:
-        found.notes.append(f"out/rerank holds another run; this one is in {out}")
+        found.notes.append(f"out/rerank holds another run, or is in use; this one is in {out}")
     sources = inputs.sources(found)
-    done = best_of_n.finished(out, args.n, sources)
+    done, _ = best_of_n.finished(out, args.n, sources)
     if process == 0:
         tell(found, done)
     rest = [item for item in items[process::processes] if item.name not in done]
@@ -369,33 +370,35 @@ def main(args):
                                         args.dtype)
         make_fit(captioner, generator, args.scorer, args.decoder,
                  reads and (direction == IMAGE or args.scorer == "both"), args.generator)
-        device, _ = devices.device_and_dtype(args.device)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
         kind = "image" if direction == IMAGE else "text"
-        likeness, clip = judges.likenesses(wanted, args.likeness, args.by, kind, args.judges,
-                                           device, references, args.glove)
+        likeness, clip = judges.likenesses(
+            wanted, args.likeness, args.by, kind, args.judges,
+            devices.device_and_dtype(args.device)[0], references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
         records.claim(out)
+        check_folder(out, settings)              # another may have been here meanwhile
         skipped = converse(rest, found, sources, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
             "draw": draw, **own})
     if processes > 1:
         dist.barrier()
-    done = best_of_n.finished(out, args.n, sources)
+    for reason in skipped if process else ():
+        script.say(f"skipped {reason}")
+    if process > 0:
+        return 0
+    done, stale = best_of_n.finished(out, args.n, sources)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
         raise ValueError(f"{args.captions or args.images or 'rerank'}: none of the {len(items)} "
                          f"inputs could be read: {'; '.join(skipped[:3])}")
     for reason in skipped:
         script.say(f"skipped {reason}")
-    if process > 0:
-        return 0
 
     # 3) all of it once more, ranked and in the order of the inputs
     records.claim(out)
-    for rows in done.values():
-        best_of_n.rank(rows)
+    best_of_n.rank(done)
     by, ordered = choose(groups, args.by, wanted, direction)
     best = [rows[0] for rows in ordered.values() if rows[0]["scores"].get(by) is not None]
     undrawn = [row for row in best if not row["picture"] and "nan" not in row]
@@ -405,10 +408,10 @@ def main(args):
         return generator or speakers(None, args.generator, args.ckpt, args.device, args.dtype)[1]
     if undrawn and args.draw:
         best_of_n.draw_later(undrawn, drawer(), args.seed, draw, out)
-    records.write_rows(out / "candidates.jsonl", itertools.chain(*(groups | done).values()))
-    new = best_of_n.recall_words(best, out) if args.words else []
+    records.write_rows(out / "candidates.jsonl", itertools.chain(*(stale | groups | done).values()))
+    new = outputs.recall_words(best, out) if args.words else []
     if new:
-        best_of_n.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)
+        outputs.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)
     home, warning = inputs.toys(args.captioner, args.generator, found, args.line)
     note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
@@ -419,7 +422,7 @@ def main(args):
     for line in outputs.odd(ordered, found.given, by, args.generator, absent):
         print(line)
     print(f"{len(groups)} of {len(items)} inputs done, {len(items) - len(groups)} skipped; look at "
-          f"{out / 'index.html'} and {out / 'sheet.png'}")
+          f"{out}/index.html and {out}/sheet.png")
     return 0
 
 

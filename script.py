@@ -25,8 +25,8 @@ from records import CONTROL, rank_and_world, visible
 NEEDED = ("torch", "transformers", "diffusers", "huggingface_hub", "safetensors", "numpy", "scipy",
           "PIL", "tqdm")
 HERE = Path(__file__).resolve().parent
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
+UP = "\x1b[A"                                    # of bars below each other
 # what lowers the memory of each script
 SMALLER = {"finetune.py": "a smaller --micro, --chunk or --batch, or --checkpointing"}
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw)
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
 
     def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else argv
@@ -79,8 +79,6 @@ def typed(parser, args):
 def run(main, flags):
     """Exits with what main(flags()) returns; 2, after a line, where it raises."""
     ready_to_stop()
-    with contextlib.suppress(OSError):           # words that this terminal can't show
-        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Plain(sys.stdout), Plain(sys.stderr)
     args = None
     try:
@@ -106,7 +104,8 @@ def one_line_of(error, args):
     if isinstance(error, ValueError | OSError):
         return text
     road = traceback.extract_tb(error.__traceback__)
-    place = next(step for step in reversed(road) if Path(step.filename).parent == HERE)
+    ours = [step for step in road if Path(step.filename).resolve().parent == HERE]
+    place = (ours or road)[-1]
     return (f"{type(error).__name__} in {Path(place.filename).name}, {place.name}: {text[:200]}; "
             f"with {' '.join(models) or 'no model'}: are its files whole? PARLEY_TRACEBACK=1 shows "
             "where")
@@ -117,10 +116,12 @@ class Plain:
     nobody reads on, as of `| head`, the work goes on."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")      # None: it was closed
+        with contextlib.suppress(OSError, AttributeError):        # words that it can't show
+            self.stream.reconfigure(errors="backslashreplace")
 
     def write(self, text):
-        if CONTROL.search(text):
+        if CONTROL.search(text) and text.strip("\r\n") != UP:
             text = "\r".join(map(visible, text.split("\r")))
         return self.unless_closed(self.stream.write, text)
 
@@ -146,8 +147,14 @@ def look_around():
         sys.exit(2)
 
 
+def stops():
+    """The signals that end a run; not those that its caller has it ignore, as nohup does."""
+    named = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [x for x in named if x and signal.getsignal(x) is not signal.SIG_IGN]
+
+
 def ready_to_stop():
-    for number in STOPS:
+    for number in stops():
         signal.signal(number, stop)
 
 

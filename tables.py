@@ -140,7 +140,7 @@ def of_pictures(items, files, place, device, notes, inception=None, ci=False):
 # ---------------------------------------------------------------- likeness
 def load_judges(names, kind, place, device, notes):
     """{NAME: judge}; what is missing is noted. place: of judges.load, or "none"."""
-    found, missing = {}, dict.fromkeys(names, "name --judges hub, or a folder")
+    found, missing = {}, dict.fromkeys(names, "name --judges hub, miniature or a folder")
     if place != "none":
         found, missing = judges.load(names, kind, place, device)
     notes += [f"no {name.upper()}: {reason}" for name, reason in missing.items()]

@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import best_of_n
 import data
 import inputs
 import records
@@ -132,7 +133,8 @@ def test_given_pictures(here):
 def test_a_mark_is_of_what_it_marks(here):
     def mark(*given):
         item = data.Item("a", here / "a.png")
-        return inputs.sources(inputs.Inputs("", [item], {"a": list(given)}))["a"].mark
+        found = inputs.Inputs(best_of_n.IMAGE, [item], {"a": list(given)})
+        return inputs.sources(found)["a"].mark
     assert mark("a", "b") == mark("a", "b") != mark("b", "a")
     before = mark()
     assert before == mark()

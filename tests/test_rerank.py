@@ -306,7 +306,7 @@ def test_captions_for_two_pictures(captioner, generator, images):
 
 def test_ranks_by_hand():
     found = [{"scores": {"clip": s, "dino": d}} for s, d in ((.1, .3), (.3, None), (.1, .4))]
-    best_of_n.rank(found)
+    best_of_n.rank({"": found})
     assert [r["rank"] for r in found] == [{"clip": 1, "dino": 1}, {"clip": 0, "dino": 2},
                                           {"clip": 2, "dino": 0}]
     assert best_of_n.best_first(found, "clip") == [found[1], found[0], found[2]]
@@ -318,18 +318,43 @@ def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
     lines = [{"item": "a", "candidate": j} | row for j in (0, 1)]
     lines.append({"item": "b", "candidate": 0} | row)
     records.write_rows(tmp_path / "candidates.jsonl", lines)
-    assert best_of_n.finished(tmp_path, 2) == {"a": lines[:2]}
+    assert best_of_n.finished(tmp_path, 2)[0] == {"a": lines[:2]}
     # counts may differ by item; what was cut off and done again counts as done
     many = [{"item": x, "candidate": j, "of": of} | row for x, of, stop in
             (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1)) for j in range(stop)]
     records.write_rows(tmp_path / "candidates.jsonl", many)
-    assert best_of_n.finished(tmp_path, 2) == {"a": many[3:6], "b": many[2:3]}
-    given = [{"item": "a", "candidate": 0, "of": 1, "mark": "x"} | row]
-    records.write_rows(tmp_path / "candidates.jsonl", given)
-    assert best_of_n.finished(tmp_path, None, {"a": inputs.Source("x", "a.png", [])}) == {"a": given}
-    assert best_of_n.finished(tmp_path, None, {"a": inputs.Source("y", "a.png", [])}) == {}
-    with pytest.raises(ValueError, match="'a' is of 'a.png', not of 'b/a.png'"):
-        best_of_n.finished(tmp_path, None, {"a": inputs.Source("x", "b/a.png", [])})
+    assert best_of_n.finished(tmp_path, 2)[0] == {"a": many[3:6], "b": many[2:3]}
+
+
+def test_rows_of_another_picture_are_not_of_this_one(tmp_path):
+    """Done again where the picture is another, kept where it can't be looked at, refused where any
+    row names another one: what a row names is copied and shown."""
+    def source(path=tmp_path / "a.png", *pictures):
+        return {"a": inputs.Source(best_of_n.IMAGE, str(path), [], list(pictures))}
+
+    def kept():
+        return [list(rows) for rows in best_of_n.finished(tmp_path, 2, source())]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"item": "a", "caption": "x", "input": str(tmp_path / "a.png"), "picture": None, "direction":
+           best_of_n.IMAGE, "scores": {"denoise": 1.0}, "mark": source()["a"].mark}
+    rows = [row | {"candidate": j} for j in range(2)]
+    records.write_rows(tmp_path / "candidates.jsonl", rows)
+    assert kept() == [["a"], []]
+    (tmp_path / "a.png").unlink()
+    assert kept() == [["a"], []]
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    assert kept() == [[], ["a"]]
+    with pytest.raises(ValueError, match="'a' is of '.*a.png', not of '.*b/a.png'"):
+        best_of_n.finished(tmp_path, 2, source(tmp_path / "b/a.png"))
+    for key, value, fault in (("input", "/etc/hostname", "'a' is of '/etc/hostname'"),
+                              ("picture", "/etc/hostname", "line 2: .*hostname leads out of"),
+                              ("direction", best_of_n.TEXT, "'a' is of"), ("candidate", 2, "candidate 1"),
+                              ("scores", {"denoise": float("inf")}, "'denoise' inf is no score")):
+        records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {key: value}])
+        with pytest.raises(ValueError, match=fault):
+            best_of_n.finished(tmp_path, 2, source())
+    records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {"picture": "/etc/hostname"}])
+    assert not best_of_n.finished(tmp_path, 2, source(tmp_path / "a.png", "/etc/hostname"))[0]
 
 
 # ---------------------------------------------------------------- words, pairs, long prompts
@@ -349,7 +374,7 @@ def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch, ca
     assert not (tmp_path / "out/rerank-3").exists()
     own = ["--seed", "2", "-n", "1", "--likeness", "pixel"]
     assert rerank.main(rerank.flags([*argv, *own])) == 0
-    assert "holds another run; this one is in out/rerank-3" in capsys.readouterr().err
+    assert "holds another run, or is in use; this one is in out/rerank-3" in capsys.readouterr().err
     assert len(rows(tmp_path / "out/rerank-3")) == 3
     shutil.rmtree(tmp_path / "out/rerank")
     assert rerank.default_folder(other[1]).name == "rerank-2"

@@ -72,6 +72,7 @@ def readers(finished, folder):
     import records
     import loading
     import inputs
+    import outputs
     make.build(folder, {"coco": make.karpathy, "blip": make.blip, "nocaps": make.nocaps, "plain": make.imagefolder})
     for name, copied in finished.items():
         copied(folder / name)
@@ -82,8 +83,7 @@ def readers(finished, folder):
     loading.REVISIONS["a/b"] = "2"
 
     def ranked():
-        for rows in best_of_n.finished(folder / "done", 2).values():
-            best_of_n.rank(rows)
+        best_of_n.rank(best_of_n.finished(folder / "done", 2)[0])
     return {"Karpathy's file": (folder / "coco/dataset_coco.json", lambda: data.read(folder / "coco", "test")),
             "BLIP's file": (folder / "blip/coco_karpathy_test.json", lambda: data.read(folder / "blip", "test")),
             "NoCaps' file": (folder / "nocaps/nocaps_val_4500_captions.json", lambda: data.read(folder / "nocaps", "in")),
@@ -95,7 +95,7 @@ def readers(finished, folder):
             "given pictures": (folder / "shown.jsonl", lambda: inputs.given_pictures(folder / "shown.jsonl")),
             "candidates.jsonl": (folder / "done/candidates.jsonl", ranked),
             "settings.json": (folder / "done/settings.json", lambda: records.same_settings(folder / "done", {"n": "2"})),
-            "words.jsonl": (folder / "worded/words.jsonl", lambda: best_of_n.recall_words([{"item": "a", "caption": "b", "picture": None}], folder / "worded")),
+            "words.jsonl": (folder / "worded/words.jsonl", lambda: outputs.recall_words([{"item": "a", "caption": "b", "picture": None}], folder / "worded")),
             "revisions.json": (folder / "revisions.json", lambda: loading.record_revisions(folder)),
             "a checkpoint's header": (folder / "trained/checkpoint.safetensors", lambda: checkpoints.header(folder / "trained"))}
 
