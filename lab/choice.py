@@ -24,7 +24,7 @@ from miniature import world
 
 PARTS = ("val", "test")
 VAL_SCENES = 150                                 # of each domain
-CYCLES = 100                                     # scenes of each domain whose captions are drawn
+CYCLES = 500                                     # scenes of each domain whose captions are drawn
 VAL = 50_000                                     # first val scene of each domain, as in lab.joint
 WIDTHS = (3, 5, 10)                              # of beam search
 PENALTIES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)       # of its length; 1 is the library's own, 0 is none

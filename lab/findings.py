@@ -320,7 +320,7 @@ def measure(part, lab):
     elif part == "texts":
         drawings(lab, "texts", 60, 50)
     elif part == "pictures":
-        drawings(lab, "pictures", 150, 8)
+        drawings(lab, "pictures", 500, 8)
     elif part == "words":
         words(lab)
 

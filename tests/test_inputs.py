@@ -160,7 +160,7 @@ def test_the_miniature_knows_its_own():
 
 def test_of_others_it_says_so(here):
     photo = inputs.from_arguments(["a.png", str(ROOT / "miniature/data/test/0000.png")])
-    assert inputs.strange(photo) == "1 of 2 pictures (a.png)"
+    assert inputs.strange(photo) == "1 of 2 pictures, not of their set (a.png)"
     assert inputs.strange(inputs.from_arguments(["A red ring, on the sand!"])) == ""
     assert inputs.strange(inputs.from_arguments(["a red cat"])) == "1 words (cat)"
     note, warning = inputs.toys("vitb", "miniature", photo, ["a b.png", "--out", "x", "-n", "3"])
