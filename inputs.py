@@ -135,7 +135,7 @@ def given_captions(path, limit=None, items=()):
         if item is None:
             absent += 1
             continue
-        some = list(filter(None, map(records.one_line, said)))
+        some = [text for text in (records.one_line(x, path) for x in said) if text]
         empty += len(said) - len(some)
         found[item.name] = item
         captions.setdefault(item.name, []).extend(some)
@@ -167,7 +167,7 @@ def given_pictures(path, limit=None):
     else:
         for prompt, files in table_of(path, PROMPT, PICTURES).items():
             some = [picture_file(file, path) for file in files]
-            table.setdefault(records.one_line(prompt), []).extend(some)
+            table.setdefault(records.one_line(prompt, path), []).extend(some)
     if not table or "" in table:
         raise ValueError(f"{path}: expected a folder of pictures for each prompt, or JSON "
                          "{prompt: [pictures]}, and no empty prompt")
