@@ -135,7 +135,8 @@ def given_captions(path, limit=None, items=()):
         if item is None:
             absent += 1
             continue
-        some = [text for text in (records.one_line(x, path) for x in said) if text]
+        some = [records.one_line(x, path) for x in said]
+        some = [caption for caption in some if caption]
         empty += len(said) - len(some)
         found[item.name] = item
         captions.setdefault(item.name, []).extend(some)
