@@ -265,8 +265,8 @@ def attempt(kind, way, at, folder, finished, whole):
 
 
 # ---------------------------------------------------------------- all of them, or a share
-def plan(kind, names, most=2):
-    """[(way, number, row's name)]: every operation, of those alike the first `most`; the signals
+def plan(kind, names, most=1):
+    """[(way, number, row's name)]: every operation, of those alike the first; the signals
     that a process may answer at every third."""
     found, seen = [], collections.Counter()
     for way in WAYS:
