@@ -283,4 +283,5 @@ def plot(out, names):
             axis.plot(*zip(*points), style, label=label)
         axis.set(title=name, xlabel="step")
     axis.legend()
-    figure.savefig(out / "log.png", dpi=110)
+    with records.writing(out / "log.png"):
+        figure.savefig(out / "log.png", dpi=110)

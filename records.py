@@ -223,13 +223,14 @@ def claim(folder):
     folder = Path(folder).absolute()
     if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
         return
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    who = f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} ({command})"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = lock(folder)
-    file.truncate(0)
-    command = shlex.join(["python", *sys.orig_argv[1:]])
-    file.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} ({command})")
-    file.flush()
+        file.truncate(0)
+        file.write(who)
+        file.flush()
     CLAIMED[folder] = file
 
 

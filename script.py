@@ -180,7 +180,7 @@ def name():
 def say(line):
     """A line to stderr; of torchrun's processes by the first, unless they have begun to differ."""
     spread = sys.modules.get("torch.distributed")
-    apart = spread is not None and spread.is_initialized()
+    apart = hasattr(spread, "is_initialized") and spread.is_initialized()
     if rank_and_world()[0] == 0 or apart:
         print(visible(f"{name()}: {line}"), file=sys.stderr)
 

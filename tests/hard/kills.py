@@ -257,7 +257,7 @@ def attempt(kind, way, at, folder, finished, whole):
         return "lost", f"{said}; {', '.join(lost)}"
     if "Traceback" in ran.err + again.err:
         return "traceback", said
-    if way in ("full", "short") and ran.rc and not (ran.rc == 2 and len(ran.lines) == 1 and FULL in ran.err):
+    if way in ("full", "short") and ran.rc and not (ran.rc == 2 and len(ran.lines) <= 2 and FULL in ran.lines[-1]):
         return "unnamed", said
     if way in ("SIGTERM", "SIGINT", "SIGHUP") and kept < stepped:
         return "unsaved", said
