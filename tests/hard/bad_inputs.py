@@ -2,7 +2,7 @@
 
 A new input is a line: of RANGES (a flag's values), of SHAPES (a key's values in a JSON file), or a
 call of `case` (kind, name, what is typed, what is expected, {file: what it is made of}). Words of
-`files` that name a finished run of trial.DONE are copies of it. What fails today is in known.txt.
+`files` that name a finished run of trial.DONE are copies of it.
 """
 # ruff: noqa: I001
 import itertools
