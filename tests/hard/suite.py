@@ -92,10 +92,9 @@ def table(found):
 
 
 def write(found, seconds):
-    commit = "tests/hard/suite.py"
     text = [
         "# Hard use", "",
-        f"Written by `make test-hard` ({commit}, {seconds / 60:.0f} minutes). What is tried: bad inputs (bad_inputs.py), runs that are",
+        f"Written by suite.py, which `make test-hard` runs ({seconds / 60:.0f} minutes). What is tried: bad inputs (bad_inputs.py), runs that are",
         "killed, stopped or out of disk at each of their file operations (kills.py), two runs at once and",
         "torchrun (together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
         *table(found), "",
