@@ -47,7 +47,7 @@ def test_a_room_imports_no_sibling(room):
     assert imports(ROOT / f"{room}.py") & {*ROOMS, *SCRIPTS, "miniature", "lab"} <= set(ROOMS[room])
 
 
-@pytest.mark.parametrize("room", set(ROOMS) - {"script", "batches", "checkpoints"})
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - {"script", "batches", "checkpoints"}))
 def test_what_a_room_is_copied_with_is_said(room):
     """Its docstring names all that it imports, and what these import (`script` is the command line's)."""
     found, left = set(), [room]
