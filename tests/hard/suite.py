@@ -18,7 +18,7 @@ import fork
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("inputs", "kills", "together", "torchrun", "long", "properties")
-SHARE = {"inputs": 45, "kills": 2, "together": 1, "properties": 8}       # as `rows` says
+SHARE = {"inputs": 25, "kills": 1, "together": 1, "properties": 4}       # as `rows` says
 SEED = 20
 
 
