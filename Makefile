@@ -7,7 +7,7 @@ demo: .venv/ready
 	@.venv/bin/python rerank.py --n 10 --limit 20 --steps 20 --out out/demo
 
 test: .venv/ready
-	@echo "parley: lint and tests (five minutes on two cores)"
+	@echo "parley: lint and tests (seven minutes on two hyperthreads)"
 	@.venv/bin/ruff check .
 	@.venv/bin/python -m pytest -q -rs -n 2 tests
 
@@ -16,7 +16,7 @@ test-real: .venv/ready .real/ready
 	@.venv/bin/python -m pytest -q -rsP tests/real.py
 
 test-hard: .venv/ready
-	@echo "parley: all bad inputs, kills at every file operation, two runs at once (an estimated half hour on two cores)"
+	@echo "parley: all bad inputs, kills at every file operation, two runs at once (an hour on two hyperthreads)"
 	@.venv/bin/python tests/hard/suite.py
 
 check: .venv/ready

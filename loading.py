@@ -20,6 +20,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from huggingface_hub import (
     HfApi,
     constants,
@@ -260,7 +261,8 @@ def readable_errors(name, kind):
 def check_finite(model):
     """Raises ValueError where a weight of a model is no number."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        # any that is no number makes the sum none; of float32 it takes a thirtieth of the time
+        if not parameter.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"its {name} has weights that are no numbers")
 
 

@@ -117,7 +117,8 @@ def write_winners(ordered, by, out):
     rows = records.read_rows(table)
     before = {Path(records.the(row, "file_name", str, table)).name for row in rows}
     used, written, changed, without = set(), [], 0, 0
-    folder.mkdir(parents=True, exist_ok=True)
+    with records.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for best, *_ in ordered.values():
         source, text = best["picture"] and out / best["picture"], best["input"]
         if best["direction"] == IMAGE:
@@ -127,7 +128,8 @@ def write_winners(ordered, by, out):
             continue
         stem = free_name(source.stem if best["direction"] == IMAGE else text, used)
         name = stem + source.suffix.lower()
-        shutil.copyfile(source, folder / name)
+        with records.writing(folder / name):
+            shutil.copyfile(source, folder / name)
         beside = folder / f"{stem}.txt"
         if name in before and beside.exists():
             old = beside.read_text(encoding="utf-8", errors="replace")

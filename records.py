@@ -73,8 +73,6 @@ def read_bytes(path):
     return path.read_bytes()
 
 
-
-
 def read_lines(path):
     """The lines of a text file that say something, as `one_line`. Only a line break ends a line."""
     return [one_line(line, path) for line in read_text(path).split("\n") if line.strip()]

@@ -343,7 +343,7 @@ def main(args):
                  args.limit)
     direction, items = found.direction, found.items
     if not items:
-        raise ValueError(f"{', '.join(args.inputs)}: nothing to rerank")
+        raise ValueError(f"{', '.join(args.inputs) or args.data}: nothing to rerank")
     reads = direction == TEXT or bool(found.given)
     args.scorer = args.scorer or default_scorer(args.captioner, args.generator, reads)
     refuse_idle(args, direction)
@@ -371,9 +371,8 @@ def main(args):
         make_fit(captioner, generator, args.scorer, args.decoder,
                  reads and (direction == IMAGE or args.scorer == "both"), args.generator)
         references = [x.captions for x in data.read(args.data, args.split)] if args.data else []
-        kind = "image" if direction == IMAGE else "text"
         likeness, clip = judges.likenesses(
-            wanted, args.likeness, args.by, kind, args.judges,
+            wanted, args.likeness, args.by, direction.partition("-")[0], args.judges,
             devices.device_and_dtype(args.device)[0], references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
         records.claim(out)
@@ -391,8 +390,9 @@ def main(args):
     done, stale = best_of_n.finished(out, args.n, sources)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
-        raise ValueError(f"{args.captions or args.images or 'rerank'}: none of the {len(items)} "
-                         f"inputs could be read: {'; '.join(skipped[:3])}")
+        of = args.captions or args.images or "what was given"
+        raise ValueError(f"none of the {len(items)} inputs of {of} could be read: "
+                         f"{'; '.join(skipped[:3])}")
     for reason in skipped:
         script.say(f"skipped {reason}")
 

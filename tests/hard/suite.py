@@ -7,6 +7,7 @@ tests/hard/README.md. Exit code 1 where anything is not well.
 import argparse
 import collections
 import json
+import os
 import random
 import shutil
 import sys
@@ -91,12 +92,13 @@ def table(found):
     return lines
 
 
-def write(found, seconds):
+def write(found, seconds, how="in one go"):
     text = [
         "# Hard use", "",
-        f"Written by suite.py, which `make test-hard` runs ({seconds / 60:.0f} minutes). What is tried: bad inputs (bad_inputs.py), runs that are",
-        "killed, stopped or out of disk at each of their file operations (kills.py), two runs at once and",
-        "torchrun (together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
+        f"Written by suite.py, which `make test-hard` runs ({seconds / 60:.0f} minutes on {os.cpu_count()} hyperthreads, {how}).",
+        "What is tried: bad inputs (bad_inputs.py), runs that are killed, stopped or out of disk at each of their",
+        "file operations, of those that are alike at the first (kills.py), two runs at once and torchrun",
+        "(together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
         *table(found), "",
         "tried: runs; rows: cases that differ, of each the worst. well: refused in one line that names the file,",
         "flag or value; or named, and the rest done; or taken, rightly; after a kill the same files to the last",
