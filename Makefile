@@ -7,7 +7,7 @@ demo: .venv/ready
 	@.venv/bin/python rerank.py --n 10 --limit 20 --steps 20 --out out/demo
 
 test: .venv/ready
-	@echo "parley: lint and tests (seven minutes on two hyperthreads)"
+	@echo "parley: lint and tests (five minutes on two hyperthreads)"
 	@.venv/bin/ruff check .
 	@.venv/bin/python -m pytest -q -rs -n 2 tests
 
