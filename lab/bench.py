@@ -276,7 +276,8 @@ def whole(name, tokenizer):
 
 def built(name, folder):
     """The folder of a `whole` model in bfloat16, as the hub lays it out. The tokenizer is the
-    miniature's: the vocabulary's tables have their full size, and so has the work."""
+    miniature's, filled up to the size of the vocabulary: its tables have their full size, and so
+    has the work."""
     from transformers import AutoTokenizer
     folder = folder / name
     small = HERE / "miniature"
@@ -291,6 +292,8 @@ def built(name, folder):
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     if name != "sd14":
+        size = model.config.text_config.vocab_size
+        tokenizer.add_tokens([f"[unused{number}]" for number in range(len(tokenizer), size)])
         tokenizer.save_pretrained(folder)
         processor = json.loads((small / "blip/preprocessor_config.json").read_text())
         processor["size"] = {"height": 384, "width": 384}
