@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -32,12 +33,14 @@ import records
 import script
 from captioners import Captioner
 from generators import Generator, few_steps
+from lab.keep import rounded
 from miniature import world
 
 HERE = Path(__file__).resolve().parent.parent
-BENCHES = ("bridge", "scores", "step", "captions", "real")
 load_once = cache(Captioner.load)
 MODELS = ("sd14", "vitb", "vitl", "blip2")
+# kernels that multiply, by their names in CUDA's libraries; all others move memory
+MULTIPLY = re.compile("gemm|cutlass|xmma|nvjet|wgrad|dgrad|fprop|convolve|cudnn|flash|fmha")
 # rows of `real`: a captioner and flags of finetune.py; the others are measured by the first
 REAL = (
     "vitb", "vitb --losses tg", "vitb --losses ig", "vitb --losses tg ir",
@@ -49,7 +52,7 @@ REAL = (
 
 def flags(argv=None):
     p = script.Parser(__doc__)
-    p.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default="all",
+    p.add_argument("what", nargs="*", choices=[*ON_CPU, "real", "all"], default="all",
                    help="all, the default: all but real")
     p.add_argument("--times", type=int, default=3, help="runs of each; the fastest counts")
     p.add_argument("--threads", type=int, default=2, help="processor threads")
@@ -100,15 +103,14 @@ def bench_bridge(times, shape=(8, 40), words=30524, width=768):
     towards = torch.randn(*shape, width)
     targets = torch.randint(words, shape)                                   # (B, L)
 
-    def run(product, **options):
+    def run(product):
         hidden = states.clone().requires_grad_()
-        soft, ce, p = product(hidden, weight, bias, table, targets, **options)
+        soft, ce, p = product(hidden, weight, bias, table, targets)
         loss = (soft * towards).sum() + ce.mean() + p.sum()
         loss.backward()
 
-    ways = {"softmax, then the table": partial(run, bridge.soft_embed_plain)}
-    for chunk in (4096, 8192):
-        ways[f"fused-{chunk}"] = partial(run, bridge.soft_embed, chunk=chunk)
+    ways = {"softmax, then the table": partial(run, bridge.soft_embed_plain),
+            "fused": partial(run, bridge.soft_embed)}
     rows = {}
     for name, work in ways.items():
         rows[name] = {"s": clock(work, times), "MiB": peak(work) / 2 ** 20}
@@ -351,6 +353,19 @@ def real_step(options, captioner, generator, name, out):
             "GiB reserved": torch.cuda.max_memory_reserved() / 2 ** 30}
 
 
+def bench_kernels(places):
+    """Seconds of the GPU's kernels in a step with vitb, by what another card does them faster or
+    slower: multiply (its peak), move (its bandwidth). The models' loading is in it."""
+    gpu = [torch.profiler.ProfilerActivity.CUDA]
+    with tempfile.TemporaryDirectory() as out, torch.profiler.profile(activities=gpu) as seen:
+        real_step([], places["vitb"], places["sd14"], "vitb", out)
+    seconds = {"multiply": 0.0, "move": 0.0}
+    for event in seen.events():
+        kind = "multiply" if MULTIPLY.search(event.name.lower()) else "move"
+        seconds[kind] += event.device_time_total / 1e6 / 8             # of eight steps
+    return {"vitb": seconds}
+
+
 def bench_frozen(times, places):
     """Seconds of one picture's ten captions: saying, scoring and drawing them."""
     scene = world.sample("test", 0)
@@ -368,7 +383,7 @@ def bench_frozen(times, places):
     }
     for name in MODELS[1:]:
         if name in places:
-            ways[f"say, {name}"] = partial(say, places[name], image)
+            ways[f"say, {name}"] = lambda place=places[name]: load_once(place).speak(image, 10)
     rows = {}
     for name, work in ways.items():
         with fitting(name):
@@ -377,8 +392,8 @@ def bench_frozen(times, places):
     return rows
 
 
-def say(place, image):
-    load_once(place).speak(image, 10)
+ON_CPU = {"bridge": bench_bridge, "scores": bench_scores, "step": bench_step,
+          "captions": bench_captions}
 
 
 def main(args):
@@ -386,22 +401,16 @@ def main(args):
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
           f"{args.threads} threads, torch {torch.__version__}; ratios are to the first of each")
     found = {}
-    for name in BENCHES[:-1] if "all" in args.what else args.what:
-        if name == "bridge":
-            found[name] = bench_bridge(args.times)
-        elif name == "scores":
-            found[name] = bench_scores(args.times)
-        elif name == "step":
-            found[name] = bench_step(args.times)
-        elif name == "captions":
-            found[name] = bench_captions(args.times)
+    for name in ON_CPU if "all" in args.what else args.what:
+        if name in ON_CPU:
+            found[name] = ON_CPU[name](args.times)
         else:
             places = models_at(args.work)
             found[name] = bench_real(places)
-            show(name, found[name])
-            name = "frozen"
-            found[name] = bench_frozen(args.times, places)
-        show(name, found[name])
+            found["kernels"] = bench_kernels(places)
+            found["frozen"] = bench_frozen(args.times, places)
+    for name, rows in found.items():
+        show(name, rows)
     if args.json:
         write(args.json, found, "real" in found)
     return 0
@@ -414,12 +423,7 @@ def write(path, found, gpu):
         machine = torch.cuda.get_device_name()
     dtype = "bfloat16" if gpu else "float32"
     found = {"about": {"machine": machine, "torch": torch.__version__, "dtype": dtype}} | found
-    found = json.loads(json.dumps(found), parse_float=five_digits)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def five_digits(text):
-    return float(f"{float(text):.5g}")
+    records.write_text(path, json.dumps(rounded(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ NAMES = {"clip": "full cycle, CLIP",
 # Rows of the committed JSON that are not shown: commit e6b6cf2 has their code, closed.json a word.
 CLOSED = ("own words, word bridge (straight through)", "own words, temperature 0.5",
           "ig + tr, tr where t < 600")
+STEPS = 5 * (113_287 // 8)                       # of COCO in five epochs, batches of 8
+# how much slower than an H200 an A10 is, by their maker: bfloat16 TFLOP/s, TB/s of memory
+A10 = {"multiply": 989 / 125, "move": 4.8 / 0.6}
 # The paper's own numbers, beside ours, never blended: NoCaps; BLIP ViT-B, Stable Diffusion v1-4.
 PAPER = {"Finding I": "Table 1: 74.1 -> 80.3, +6.2 (in +2.2, near +5.9, out +10.1)",
          "Finding II": "Table 2: CLIP distance 40.54 -> 33.47, FID 32.37 -> 29.59",
@@ -68,7 +71,11 @@ def read(folder):
         apart = steps["vitb --losses tg"]["s"] + steps["vitb --losses ig"]["s"]
         for row in steps.values():
             row["times"] = row["s"] / apart
-        found["real"]["hours"] = 5 * (113_287 // 8) * steps["vitb"]["s"] / 3600   # epochs of COCO
+        found["real"]["hours"] = STEPS * steps["vitb"]["s"] / 3600
+    if "kernels" in found:
+        measured = found["kernels"]["kernels"]["vitb"]
+        seconds = sum(measured[kind] * slower for kind, slower in A10.items())
+        found["kernels"] |= {"A10": seconds, "A10 days": STEPS * seconds / 86_400}
     if "val" in found:                                     # the best that was tried
         found["val"]["best"] = max(found["val"]["rows"], key=lambda row: row["minus even"]["value"])
     if "norms" in found.get("joint", ()):

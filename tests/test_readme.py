@@ -53,6 +53,7 @@ def test_the_text_says_what_was_measured(claims):
     flat = " ".join(README.split())
     for name in TEXT:
         assert claims[name] in flat, f"{name} is {claims[name]}"
+    assert f"{claims['A10 seconds']} s a step, {claims['A10 days']} days" in flat
     for name in FIRST:
         assert claims[name].split(" ")[0] in flat, f"{name} is {claims[name]}"
 
