@@ -111,10 +111,8 @@ def bench_bridge(times, shape=(8, 40), words=30524, width=768):
 
     ways = {"softmax, then the table": partial(run, bridge.soft_embed_plain),
             "fused": partial(run, bridge.soft_embed)}
-    rows = {}
-    for name, work in ways.items():
-        rows[name] = {"s": clock(work, times), "MiB": peak(work) / 2 ** 20}
-    return rows
+    return {name: {"s": clock(work, times), "MiB": peak(work) / 2 ** 20}
+            for name, work in ways.items()}
 
 
 def bench_scores(times):
