@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"                  # the planning folder; absent in a clone
@@ -15,6 +16,13 @@ os.environ["OMP_NUM_THREADS"] = "1"              # of what the tests start, too
 import devices  # noqa: E402
 
 devices.tune_process("miniature")
+
+# of properties (tests/hard/test_properties.py): the same few examples each time; or many, by
+# pytest --hypothesis-profile=hard
+KEPT = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=10, derandomize=True, **KEPT)
+settings.register_profile("hard", max_examples=400, **KEPT)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")
