@@ -318,7 +318,7 @@ def measure(part, lab):
     elif part == "findings":
         findings(lab)
     elif part == "texts":
-        drawings(lab, "texts", 60, 50)
+        drawings(lab, "texts", 500, 50)
     elif part == "pictures":
         drawings(lab, "pictures", 500, 8)
     elif part == "words":

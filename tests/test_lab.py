@@ -17,8 +17,8 @@ from lab import choice, findings, joint, keep, report
 from miniature import world
 
 # claims that something is nothing
-NOTHING = {"texts, cycle", "texts, both", "all four - tg", "all four, drawings", "own words, in",
-           "cycle - beam, out", "cycle facts",
+NOTHING = {"texts, cycle", "texts, both", "texts, both, facts", "all four - tg",
+           "all four, drawings", "own words, in", "cycle - beam, out", "cycle facts",
            "both - beam, in", "clipscore - beam", "clipscore - beam, near", "per token - beam, in",
            "per token - beam, near", "per token - beam, out"}
 

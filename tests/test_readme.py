@@ -24,8 +24,8 @@ LINES = {
 BY_DOMAIN = {"the paper's cycle, by CLIP": "cycle", "denoising loss, 12 noises": "denoise",
              "CLIP of picture and caption (": "clipscore", "both models (`--by both`)": "both",
              "| log-likelihood per token (": "per token"}
-TEXT = ("pictures, both", "pictures, cycle", "all four - tg", "own words", "both - beam, in")
-FIRST = ("pictures, clipscore",)                 # without their intervals
+TEXT = ("pictures, both", "pictures, cycle", "texts, both", "texts, both, facts", "all four - tg", "own words", "both - beam, in")
+FIRST = ("pictures, clipscore", "texts, clipscore")                 # without their intervals
 
 
 @pytest.fixture(scope="module")
