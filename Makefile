@@ -3,8 +3,8 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 
 demo: .venv/ready
-	@echo "parley: ten captions for each of 40 pictures unlike those the toy captioner was taught with, ranked by the toy generator; the winners drawn (half a minute on two cores)"
-	@.venv/bin/python rerank.py --n 10 --data miniature --split near --limit 40 --draws 6 --steps 20 --out out/demo
+	@echo "parley: ten captions for each of 36 pictures unlike those the toy captioner was taught with, ranked by the toy generator; the winners drawn (half a minute on two cores)"
+	@.venv/bin/python rerank.py --n 10 --data miniature --split near --limit 36 --draws 6 --steps 16 --out out/demo
 
 test: .venv/ready
 	@echo "parley: lint and tests (five minutes on two hyperthreads)"
