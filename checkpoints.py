@@ -2,18 +2,15 @@
 
     trained = unfreeze(captioner, generator, ("q", "q"))      # {name: parameter}
     save("out/finetune", step, trained, adam, settings, content)
-    step = restore("out/finetune", trained, adam, settings, content)
+    step = begun("out/finetune", settings, content)
+    restore("out/finetune", trained, adam)
 
 checkpoint.safetensors holds tensors alone, its header the settings, as JSON. It may come from
-somebody else: `check_settings` and `foreign` say what of it is taken over, which is numbers,
-switches and names that are built in. No folder, hub id or code that a file names is followed.
+somebody else: settings are compared with those that were typed, and nothing else is done with them.
 """
 import importlib.metadata
 import json
 import os
-import shlex
-import subprocess
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import loading
 import records
-from captioners import CAPTIONERS, Captioner
-from generators import GENERATORS, Generator
+from captioners import Captioner
+from generators import Generator
 
-HERE = Path(__file__).resolve().parent
 SIDES = ("captioner", "generator")
 PROJECTIONS = {"captioner": {"q": ".crossattention.self.query", "k": ".crossattention.self.key",
                              "v": ".crossattention.self.value"},
                "generator": {"q": ".attn2.to_q", "k": ".attn2.to_k", "v": ".attn2.to_v"}}
-SPLITS = ("train", "all", "restval", "val", "test", "in", "near", "out", "nocaps")
-BUILT_IN = {"captioner": CAPTIONERS, "generator": GENERATORS, "data": ("miniature",),
-            "split": SPLITS, "own": SPLITS, "decoder": ("exact", "tiny"), "cache": ()}
-# what a resumed run shares with the one it continues; all the rest is speed, memory and places
-TRAINING = ("captioner", "generator", "split", "losses", "weights", "unfreeze", "bridge", "batch",
-            "lr", "clip", "thin", "decoder", "seed", "dtype", "side")
-RETIRED = {"temperature": 1.0, "tmax": None}     # of older versions, at what they mean today
 
 
 # ---------------------------------------------------------------- what is trained
@@ -95,8 +84,7 @@ def save(out, step, trained, adam, settings, content):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
     libraries = ("torch", "transformers", "diffusers")
     about = {"step": step, "data": content, "settings": settings,
-             "versions": {name: importlib.metadata.version(name) for name in libraries},
-             "commit": commit()}
+             "versions": {name: importlib.metadata.version(name) for name in libraries}}
     tensors = {}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
@@ -116,144 +104,70 @@ def save(out, step, trained, adam, settings, content):
                          "whole") from e
 
 
-def commit():
-    """The commit of this code, or None."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        said = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
-    except OSError:                              # there is no git on this machine
-        return None
-    return said.strip() or None
-
-
 def header(out):
-    """{step, data, settings, versions, commit} of the checkpoint in a folder, or one sentence."""
+    """{step, data, settings, versions} of the checkpoint in a folder, or one sentence."""
     path = out / "checkpoint.safetensors"
     try:
         about = loading.header(path)
         kinds = [type(about[k]) for k in ("step", "data", "settings")]
-        if kinds != [int, str, dict] or about["step"] < 1:
+        if kinds != [int, str, dict] or not 1 <= about["step"] < 10 ** 9:
             raise ValueError("its header is not of a run")
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: no checkpoint to go on from ({e})") from e
-    for key, neutral in RETIRED.items():
-        if about["settings"].get(key, ...) == neutral:
-            del about["settings"][key]
+        raise ValueError(f"{path}: no checkpoint of a run ({e})") from e
     return about
 
 
-def check_out(out, resume):
-    """Refuses a folder that holds another run, or is in use; a log.jsonl of somebody else's."""
+def begun(out, settings, content):
+    """The step that a folder's checkpoint is of; 0 where there is none. ValueError where it is of
+    another run, or log.jsonl of none."""
     records.check_free(out)
     log_rows(out / "log.jsonl")
-    if (out / "checkpoint.safetensors").exists() and not resume:
-        raise ValueError(f"{out} holds a training run: --resume goes on with it, another --out "
-                         "begins anew")
-
-
-def restore(out, trained, adam, settings, content):
-    """Puts weights and moments back; the step they are of. Refuses other settings or models."""
+    if not (out / "checkpoint.safetensors").exists():
+        return 0
     about = header(out)
-    before = about["settings"] | {"data": about["data"]}
-    now = {key: settings[key] for key in TRAINING} | {"data": content}
-    moved = foreign(about["settings"])           # models of a folder may lie elsewhere now
-    other = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items()
-             if before.get(k) != v and (k not in moved or k == "data")]
+    check_same(out, about["settings"] | {"data": about["data"]}, settings | {"data": content})
+    return about["step"]
+
+
+def check_same(out, before, now):
+    """ValueError where what a checkpoint is made of is not what was typed. Nothing of it is
+    followed: somebody else may have written it."""
+    other = [f"{key} was {ascii(before.get(key))[:80]}, is {value!r}"
+             for key, value in now.items() if before.get(key) != value]
     if other:
-        raise ValueError(f"--resume: {out} was trained otherwise ({'; '.join(other)}): choose "
-                         "another --out")
+        raise ValueError(f"{out} was trained otherwise ({'; '.join(other)}): type the same, or "
+                         "choose another --out")
+
+
+def restore(out, trained, adam):
+    """Puts weights and moments back. Refuses those of other models."""
+    about = header(out)
     tensors = load_file(out / "checkpoint.safetensors")
-    loading.check_numbers(tensors, f"--resume: {out}")
+    loading.check_numbers(tensors, str(out))
     for name, parameter in trained.items():
         keys = name, f"adam.exp_avg.{name}", f"adam.exp_avg_sq.{name}"
         for key in keys:
             if key not in tensors or tensors[key].shape != parameter.shape:
-                raise ValueError(f"--resume: {out} has no {key} {tuple(parameter.shape)}: it is "
-                                 "not a checkpoint of these models")
+                raise ValueError(f"{out} has no {key} {tuple(parameter.shape)}: it is not a "
+                                 "checkpoint of these models")
         weight, mean, square = [tensors[key].to(parameter) for key in keys]
         parameter.data.copy_(weight)
         step = torch.tensor(float(about["step"]))
         adam.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
-    known = {key: settings[key] for key in ("captioner", "generator", "losses", "lr", "batch")}
-    if records.rank_and_world()[0] == 0:
-        print(f"finetune.py: {out} goes on after step {about['step']}: "
-              f"{typed(known)}")
-    return about["step"]
 
 
-def export(out, captioner, generator, folder):
+def export(out, settings, folder):
     """Writes both models, with their trained weights, as stock directories."""
-    captioner = Captioner.load(captioner, "cpu")
-    generator = Generator.load(generator, "cpu")
+    models = {key: value for key, value in settings.items() if key.startswith(SIDES)}
+    check_same(out, header(out)["settings"], models)
+    captioner = Captioner.load(settings["captioner"], "cpu")
+    generator = Generator.load(settings["generator"], "cpu")
     count = loading.load_trained(out, captioner, generator)
     captioner.save(folder / "captioner")
     generator.pipe.save_pretrained(folder / "generator")
     print(f"finetune.py: {count} trained tensors; {folder}/captioner and {folder}/generator are "
           "stock directories")
     return 0
-
-
-# ---------------------------------------------------------------- what others may have written
-def check_settings(settings, cli, kept, out):
-    """Refuses settings that no command line could have made: they are typed again, and compared.
-
-    cli: a parser whose errors are ValueErrors. kept: from its arguments to settings.
-    """
-    known = kept(cli.parse_args([]))
-    words = []
-    for key, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        strings = [x for x in values if isinstance(x, str)]
-        odd = [x for x in strings if x.startswith("-") or not x.isprintable()]
-        if key not in known or odd:
-            raise ValueError(f"{out}: its settings have {ascii(key)[:80]}: {ascii(value)[:80]}")
-        if value is True:
-            words.append(f"--{key}")
-        elif value is not None and value is not False:
-            words += [f"--{key}", *map(str, values)]
-    try:
-        made = kept(cli.parse_args(words))
-    except ValueError as e:
-        raise ValueError(f"{out}: its settings have a fault: {ascii(str(e))[:200]}") from e
-    wrong = [key for key, value in settings.items() if made[key] != value]
-    if wrong:
-        raise ValueError(f"{out}: its settings have what cannot be: {', '.join(wrong)}")
-
-
-def foreign(settings):
-    """{flag: value} of what leads out of this program: a folder, a file, a hub id, code."""
-    found = {}
-    for key, names in BUILT_IN.items():
-        if settings.get(key) is not None and settings[key] not in names:
-            found[key] = settings[key]
-    return found
-
-
-def typed(settings):
-    """Settings as they are typed."""
-    words = []
-    for key, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *map(str, values)]
-    return shlex.join(words)
-
-
-def again(out, settings, device, processes):
-    """The command that goes on with a run, as it is typed."""
-    launch = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
-    places = {"out": str(out)} | ({"device": device} if device else {}) | foreign(settings)
-    return f"{launch} finetune.py --resume {typed(places)}"
-
-
-def refuse(unsaid, out, argv):
-    """Says what a checkpoint names and the command line does not. Code has to be typed by hand."""
-    code = [v for k, v in unsaid.items() if k in SIDES and ".py:" in v]
-    if code:
-        raise ValueError(f"{out} was trained with {typed(unsaid)}: {code[0]} is code. It runs only "
-                         "where the command line names it; do so if you know what it does")
-    raise ValueError(f"{out} was trained with {typed(unsaid)}: what a file names is not followed "
-                     "unasked. Say the same, or where it lies now: "
-                     f"python finetune.py {shlex.join(argv)} {typed(unsaid)}")
 
 
 # ---------------------------------------------------------------- what a person looks at

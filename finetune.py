@@ -5,23 +5,18 @@
     python finetune.py --captioner vitb --data data/coco --losses tg ir        # a row of Table 5
     python finetune.py --captioner vitb --data data/coco --own photos/         # without captions
     torchrun --nproc_per_node=8 finetune.py --captioner vitb --data data/coco  # the same training
-    python finetune.py --resume                          # goes on where it was stopped or killed
     python finetune.py --export out/models               # stock directories for from_pretrained
 
 Writes into --out: checkpoint.safetensors (trained weights, optimizer; settings and step in its
 header), checkpoint.json (the same to read), log.jsonl (a line a step), log.png. Which sample,
 caption, timestep and noise a step gets is a function of (seed, step, sample): the number of
-processes, --micro and a resume change nothing. The miniature: one thread (OMP_NUM_THREADS rules).
-
---resume and --export take the settings of the checkpoint, which somebody else may have written:
-numbers, switches and built-in names. A folder, file, hub id or code that it names is said, and not
-followed until the command line names it.
+processes, --micro and a stop change nothing. Run again, the same command goes on where it was
+stopped or killed. The miniature: one thread (OMP_NUM_THREADS rules).
 """
 import script  # isort: skip
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,18 +34,20 @@ import loading
 import losses
 import records
 from batches import Samples, collate, digest, held_out, open_samples
-from captioners import Captioner
+from captioners import CAPTIONERS, Captioner
 from cycle import chance
-from generators import Generator, tiny_decoder
+from generators import GENERATORS, Generator, tiny_decoder
 from script import real, whole
 
 LOSSES = losses.NAMES
+SPLITS = ("train", "all", "restval", "val", "test", "in", "near", "out", "nocaps")
 SIDES = checkpoints.SIDES
-# not taken over by a resumed run
-PLACES = ("out", "resume", "export", "device", "anywhere")
+# what a run is made of; all else is speed, memory and places
+TRAINING = ("captioner", "generator", "split", "losses", "weights", "unfreeze", "bridge", "batch",
+            "lr", "clip", "thin", "decoder", "seed", "dtype", "side")
 
 
-def parser():
+def flags(argv=None):
     cli = script.Parser(__doc__)
     cli.add_argument("--captioner", default="miniature", help="vitb, vitl, blip2, folder or hub id")
     cli.add_argument("--generator", help="miniature, sd14, folder or hub id; follows --captioner")
@@ -86,37 +83,15 @@ def parser():
     cli.add_argument("--held", type=whole(0), default=64,
                      help="pictures of val seen with a checkpoint")
     cli.add_argument("--out", type=Path, default=Path("out/finetune"), help="where it writes")
-    cli.add_argument("--resume", action="store_true", help="go on from --out, with its settings")
     cli.add_argument("--export", type=Path, metavar="DIR", help="write --out's models, no training")
-    return cli
-
-
-def flags(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    cli = parser()
     args = cli.parse_args(argv)
-    if args.resume or args.export:
-        settings = checkpoints.header(args.out)["settings"]
-        checkpoints.check_settings(settings, cli, settings_of, args.out)
-        foreign = checkpoints.foreign(settings)
-        cli.set_defaults(**settings | dict.fromkeys(foreign))
-        args = cli.parse_args(argv)
-        needed = SIDES if args.export else foreign
-        unsaid = {k: v for k, v in foreign.items() if k in needed and getattr(args, k) is None}
-        if unsaid:
-            checkpoints.refuse(unsaid, args.out, argv)
-    if args.export:
-        return args
-    try:
-        return complete(args)
-    except ValueError as e:
-        raise ValueError(f"{args.out} was trained so: {e}" if args.resume else str(e)) from e
-
-
-def complete(args):
-    """Defaults that follow from other flags, and what cannot be."""
     small = args.captioner == "miniature"
     args.generator = args.generator or ("miniature" if small else "sd14")
+    return args if args.export else complete(args, small)
+
+
+def complete(args, small):
+    """Defaults that follow from other flags, and what cannot be."""
     args.data = args.data or ("miniature" if small else None)
     args.steps = args.steps or (1000 if args.data == "miniature" else None)
     args.side = args.side or (384 if args.captioner == "blip2" else None)
@@ -133,7 +108,7 @@ def complete(args):
     args.weights = [weights[name] for name in args.losses]
     if args.own and "ir" not in args.losses:
         raise ValueError("--own gives pictures to ir, which is not among --losses")
-    if args.own and not os.path.isdir(args.own) and args.own not in checkpoints.SPLITS:
+    if args.own and not os.path.isdir(args.own) and args.own not in SPLITS:
         raise ValueError(f"--own {args.own}: no such folder, and no split of --data")
     tr = "tr" in args.losses
     for name, idle in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
@@ -143,8 +118,10 @@ def complete(args):
 
 
 def settings_of(args):
-    """What a checkpoint keeps of the command line."""
-    return {name: value for name, value in vars(args).items() if name not in PLACES}
+    """What a checkpoint keeps of the command line, and of models that are files."""
+    settings = {name: getattr(args, name) for name in TRAINING}
+    models = {name: settings[name] for name in (*SIDES, "decoder")}
+    return settings | records.marks(models, {*CAPTIONERS, *GENERATORS, "exact", "tiny"})
 
 
 # ---------------------------------------------------------------- a step
@@ -176,7 +153,6 @@ class Run:
     total: int                                   # steps in all
     settings: dict                               # what the checkpoint keeps of the command line
     content: str                                 # and of the pictures
-    again: str                                   # the command that goes on with it
 
     def joint(self, batch, weights):
         """losses.joint of a Batch: what to call backward on, and {loss: (B,)}."""
@@ -303,18 +279,24 @@ def gradient_norm(trained, side):
 def main(args):
     data.LEAVE = args.anywhere
     if args.export:
-        return checkpoints.export(args.out, args.captioner, args.generator, args.export)
+        return checkpoints.export(args.out, settings_of(args), args.export)
     rank, processes = records.rank_and_world()
     devices.tune_process(args.captioner, args.generator)
     device, dtype = devices.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                # float16 would want its losses scaled
-    checkpoints.check_out(args.out, args.resume)
-    if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # the pictures
     samples, own, content = open_samples(args.data, args.split, args.own, args.batch)
+    total = args.steps or int(args.epochs * (len(samples) // args.batch))
+    settings = settings_of(args)
+    start = checkpoints.begun(args.out, settings, content)
+    if start >= total:
+        print(f"finetune.py: {args.out} has all {total} steps; a larger --steps goes on, another "
+              "--out begins anew")
+        return 0
+    if processes > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     held = held_out(args.data, args.held, [samples, own] if own else [samples])
 
     # the two sides, what is trained of them, and what lies between
@@ -350,21 +332,16 @@ def main(args):
     cache = None
     if args.cache:                           # other pictures or another generator: other latents
         cache = Path(args.cache) / digest([samples.name, args.generator, str(generator.dtype)])
-    total = args.steps or int(args.epochs * (len(samples) // args.batch))
     run = Run(captioner=captioner, generator=generator, bridge=between, decode=decode,
               samples=samples, own=own, held=held, cache=cache, trained=trained, adam=adam,
               weights=dict(zip(args.losses, args.weights)),
               batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
               seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
-              every=args.every, probe=args.probe, total=total, settings=settings_of(args),
-              content=content,
-              again=checkpoints.again(args.out, settings_of(args), args.device, processes))
+              every=args.every, probe=args.probe, total=total, settings=settings, content=content)
     records.claim(args.out)
-    checkpoints.check_out(args.out, args.resume)     # another may have been here meanwhile
     loading.record_revisions(args.out)
-    start = 0
-    if args.resume:
-        start = checkpoints.restore(run.out, trained, adam, run.settings, content)
+    if start:
+        checkpoints.restore(args.out, trained, adam)
     try:
         return train(run, start)
     finally:
@@ -382,8 +359,10 @@ def train(run, start):
     log = run.out / "log.jsonl"
     first = last = {}
     if speaks:
-        print(f"finetune.py: training {sum(p.numel() for p in run.trained.values()):,} weights; "
-              f"{run.content}; steps {start} to {run.total} of {run.batch} samples")
+        weights = sum(p.numel() for p in run.trained.values())
+        begins = f"goes on after step {start}" if start else "begins"
+        print(f"finetune.py: {run.out} {begins}, {run.total} steps of {run.batch} samples in all; "
+              f"{weights:,} weights are trained; {run.content}")
         rows = checkpoints.log_rows(log) if start else []
         records.write_rows(log, [row for row in rows if row["step"] <= start])
         if run.held:
@@ -420,7 +399,8 @@ def train(run, start):
               f"{', '.join(changes)}")
     checkpoints.plot(run.out, list(run.weights))
     if saved < run.total:
-        print(f"finetune.py: stopped after step {saved} of {run.total}; this goes on: {run.again}")
+        print(f"finetune.py: stopped after step {saved} of {run.total}; this goes on: "
+              f"{script.again()}")
         return 128 + (stops or [signal.SIGINT])[0]
     return 0
 

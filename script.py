@@ -162,15 +162,20 @@ def stop(number, frame):
     """Of a signal: ends the process at once, with the command that goes on. (An exception would
     have to get past whoever catches all, as some libraries do while they are imported.)"""
     if rank_and_world()[0] == 0:                 # of torchrun's processes, one speaks
-        again = ["python", *sys.orig_argv[1:]]
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            again = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *sys.argv]
-        line = visible(f"{name()}: stopped; this goes on: {shlex.join(again)}")
+        line = visible(f"{name()}: stopped; this goes on: {again()}")
         with contextlib.suppress(OSError):       # of a terminal that is gone
             os.write(2, os.fsencode(f"\n{line}\n"))            # a bar may stand before it
     with contextlib.suppress(RuntimeError, OSError):            # it was just being written to
         sys.stdout.flush()
     os._exit(128 + number)
+
+
+def again():
+    """The command as it was typed: typed again, it goes on."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        count = os.environ["LOCAL_WORLD_SIZE"]
+        return shlex.join(["torchrun", f"--nproc_per_node={count}", *sys.argv])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def name():

@@ -99,8 +99,7 @@ def command(row, settings, generator, seed):
 
 def train(argv, out):
     """One run, gone on with where it was killed."""
-    more = ["--resume"] if (Path(out) / "checkpoint.safetensors").exists() else []
-    keep.command(*argv, "--out", out, *more)
+    keep.command(*argv, "--out", out)
     return {"argv": argv}
 
 

@@ -208,10 +208,9 @@ def fresh(kind, folder, finished):
 
 
 def once(kind, folder, hook=None):
-    """A run of a kind, which goes on from a checkpoint that is there."""
+    """A run of a kind, which goes on with what is there."""
     script, argv = trial.command(RUNS[kind])
-    trained = script == "finetune.py" and (folder / "o/checkpoint.safetensors").exists()
-    return fork.run(script, argv + ["--resume"] * (trained and kind != "export"), folder, hook, seconds=60, timeout=150)
+    return fork.run(script, argv, folder, hook, seconds=60, timeout=150)
 
 
 def undisturbed(kind, folder, finished):

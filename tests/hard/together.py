@@ -64,8 +64,6 @@ def fresh(folder):
 
 def one(argv, folder):
     script, words = trial.command(argv)
-    if script == "finetune.py" and (folder / "o/checkpoint.safetensors").exists():
-        words = words + ["--resume"]
     return fork.run(script, words, folder, timeout=120, seconds=60)
 
 
@@ -121,10 +119,10 @@ def environment():
     return dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
 
 
-def spread(kind, folder, again=False):
+def spread(kind, folder):
     """A process of torchrun with two processes of a run."""
     script, words, _ = TORCHRUN[kind]
-    words = words.split() + ["--resume"] * again
+    words = words.split()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(fork.ROOT / script), *words]
     err = open(folder.parent / "torchrun.err", "wb")
     return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
@@ -178,7 +176,7 @@ def torchrun(folder):
             hit = children(process.pid)[i]
             os.kill(hit, signal.SIGKILL)
             first = ended(process)
-            again = ended(spread(kind, folder, (folder / "o/checkpoint.safetensors").exists()))
+            again = ended(spread(kind, folder))
             names = apart(kind, folder, whole) if again == 0 else ["-"]
             yield f"torchrun: {kind}, process {i} killed", "well" if not names and first != "hung" else "lost", f"rc {first}, again {again}: {', '.join(names)}"
     yield from of_one_voice(folder)
