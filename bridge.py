@@ -12,25 +12,18 @@ before the one that predicts a caption's first token (BLIP: [DEC] a picture of -
 
 Copy this file alone: it needs torch and two fast `transformers` tokenizers.
 
-    python bridge.py --source bert/ --target clip/ "a skateboarder's dog"   # or the miniature's
-
-prints which pieces each slot of the prompt is tied to, and what the paper's matrix puts there.
-
 Letters: B captions; L positions of the captioner, T slots of the text encoder; V, U words of the
 captioner and the generator; H, D widths of captioner and text encoder; N = B L; C of V at once.
 """
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-HERE = Path(__file__).resolve().parent
 NOWHERE = (0, 0)                       # a place in a text, from and to, that overlaps with no other
 END = (1_000_000, 1_000_001)           # the end of every caption, behind its text
-SENTENCE = "a huge pink square below an orange heart on fresh snow"
 
 
 # ---------------------------------------------------------------- the idea: two ways across
@@ -364,50 +357,3 @@ def in_a_row(pieces, target):
             slots = slots[:-1]
         align[b, slots, places[:len(slots)]] = 1
     return prompt, align
-
-
-# ---------------------------------------------------------------- what it does to a sentence
-def show_alignment(sentence, source, target):
-    """A line for each slot of a sentence's prompt, and how many the plain matrix gets right."""
-    layout = make_layout([sentence], source, target, special_id(source, "sep", "eos"))
-    slots = target.convert_ids_to_tokens(layout.target[0].tolist())
-    pieces = source.convert_ids_to_tokens(layout.source[0].tolist())
-    rows = vocabulary_map(source, target)
-    theirs = [slots[0]]                                             # begin, then piece by piece
-    for i in layout.source[0].tolist():
-        theirs.append(" + ".join(target.convert_ids_to_tokens(rows[i])))
-    theirs += slots[-1:] * len(slots)
-    line = "{:>4}  {:18}{:44}{}"
-    lines = [line.format("slot", "generator", "tied to", "the plain matrix puts")]
-    right = 0
-    for i, (token, guess, align) in enumerate(zip(slots, theirs, layout.align[0].tolist())):
-        ties = [f"{piece} {share:.2g}" for piece, share in zip(pieces, align) if share]
-        if i > len(pieces) and not ties:
-            break                                                   # the rest is padding
-        lines.append(line.format(i, token, " + ".join(ties), guess))
-        right += token == guess
-    lines.append(f"of {len(lines) - 1} slots the plain matrix gets {right} right, the anchored all")
-    return lines
-
-
-def flags(cli, argv=None):
-    cli.add_argument("sentence", nargs="?", default=SENTENCE, help="what to show")
-    cli.add_argument("--source", default=HERE / "miniature/blip", help="the captioner's")
-    cli.add_argument("--target", default=HERE / "miniature/sd/tokenizer", help="the generator's")
-    return cli.parse_args(argv)
-
-
-def main(args):
-    from transformers import AutoTokenizer
-    tokenizers = []
-    for place in (args.source, args.target):
-        if not Path(place).is_dir() and "/" not in str(place):
-            raise ValueError(f"{place} is neither a directory nor a hub id (owner/name)")
-        tokenizers.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-    print("\n".join(show_alignment(args.sentence, *tokenizers)))
-    return 0
-
-
-if __name__ == "__main__":
-    import script
-    script.run(main, lambda: flags(script.Parser(__doc__)))

@@ -339,21 +339,13 @@ class Captioner2(Captioner):
 
 def resized(size, height, width):
     """(height, width) that a processor's `size` {name: pixels or None} makes of a picture's."""
-    from transformers import image_transforms, image_utils
-    if size.get("shortest_edge") and size.get("longest_edge"):
-        return image_transforms.get_size_with_aspect_ratio(
-            (height, width), size["shortest_edge"], size["longest_edge"])
-    if size.get("shortest_edge"):
+    told = {name: pixels for name, pixels in size.items() if pixels}
+    if told.keys() == {"shortest_edge"}:
         short = min(height, width)
         return tuple(int(size["shortest_edge"] * s / short) for s in (height, width))
-    if size.get("max_height") and size.get("max_width"):
-        return image_utils.get_image_size_for_max_height_width(
-            (height, width), size["max_height"], size["max_width"])
-    if size.get("height") and size.get("width"):
+    if told.keys() == {"height", "width"}:
         return size["height"], size["width"]
-    told = {name: pixels for name, pixels in size.items() if pixels}
-    raise ValueError(f"a captioner's size {told} is not known: height and width, shortest_edge, "
-                     "or max_height and max_width")
+    raise ValueError(f"a captioner's size {told} is not known: height and width, or shortest_edge")
 
 
 def center_crop(image, height, width):

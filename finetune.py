@@ -292,6 +292,7 @@ def main(args):
     settings = settings_of(args)
     start = checkpoints.begun(args.out, settings, content)
     if start >= total:
+        checkpoints.plot(args.out, args.losses)          # a kill may have left none
         print(f"finetune.py: {args.out} has all {total} steps; a larger --steps goes on, another "
               "--out begins anew")
         return 0

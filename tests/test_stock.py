@@ -20,8 +20,6 @@ TEXTS = ["a small red ball on the grass", "", "two very large blue rings " * 30]
 NEAR = 4 / 255                               # the libraries resize in 8 bit, once in each direction
 VIEWS = {"a number": {"size": 24}, "height and width": {"size": {"height": 24, "width": 40}},
          "a pair": {"size": [24, 40]}, "the shorter side": {"size": {"shortest_edge": 24}},
-         "the longer side as well": {"size": {"shortest_edge": 24, "longest_edge": 30}},
-         "at most": {"size": {"max_height": 30, "max_width": 30}},
          "left as it is": {"do_resize": False}, "cut": {"size": {"shortest_edge": 40},
                                                         "do_center_crop": True, "crop_size": 25},
          "cut to an oblong": {"size": 40, "do_center_crop": True, "crop_size": {"height": 20,

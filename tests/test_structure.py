@@ -23,7 +23,7 @@ ROOMS = {"cycle": (), "losses": (), "bridge": ("script",), "metrics": (), "page"
          "inputs": ("best_of_n", "data", "miniature", "records"),
          "outputs": ("best_of_n", "cycle", "data", "losses", "metrics", "page", "records")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
-            "bridge": "bridge.py", "data": "data.py"}
+            "data": "data.py"}
 LINES, FUNCTION, MAIN, DENSITY = 430, 60, 90, 7.0
 
 
