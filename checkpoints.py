@@ -118,9 +118,9 @@ def header(out):
 
 
 def begun(out, settings, content):
-    """The step that a folder's checkpoint is of; 0 where there is none. ValueError where it is of
-    another run, or log.jsonl of none."""
-    records.check_free(out)
+    """Claims a folder; the step that its checkpoint is of, 0 where there is none. ValueError where
+    it is of another run, or log.jsonl of none."""
+    records.claim(out)
     log_rows(out / "log.jsonl")
     if not (out / "checkpoint.safetensors").exists():
         return 0

@@ -237,7 +237,6 @@ def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
     if ckpt:
         loading.load_trained(ckpt, captioner, generator)
     loading.record_revisions(out)
-    records.claim(out)
     if rank == 0:
         records.same_settings(out, settings)
     if unsaid:
@@ -346,7 +345,6 @@ def check_results(out):
 def write(results, out):
     """results.json and table.txt, and the table to the terminal."""
     path = out / "results.json"
-    records.claim(out)
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     if path.exists():
@@ -377,10 +375,9 @@ def main(args):
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
-        records.check_free(args.out)
         check_results(args.out)
-    if processes > 1 and args.job == "set":      # the others write at once
         records.claim(args.out)
+    if processes > 1 and args.job == "set":
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.barrier()
     notes = []

@@ -339,7 +339,6 @@ def main(args):
               batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
               seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
               every=args.every, probe=args.probe, total=total, settings=settings, content=content)
-    records.claim(args.out)
     loading.record_revisions(args.out)
     if start:
         checkpoints.restore(args.out, trained, adam)

@@ -10,6 +10,7 @@ What is read may be of any shape: what is not as expected is a ValueError of one
 file. What is written replaces what was there as a whole, or not at all.
 Copy this file alone.
 """
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -192,10 +193,16 @@ def as_lines(rows):
 
 
 # ---------------------------------------------------------------- a folder that is one run's
-def lock(folder):
-    """The open file of a folder's lock, which this process then holds. ValueError where another
-    one does."""
-    file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
+def claim(folder):
+    """Makes a folder, and makes it this process's own until it ends; of torchrun's processes the
+    first holds it for all. ValueError where another run has it."""
+    folder = Path(folder).absolute()
+    if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
+        return
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -204,32 +211,22 @@ def lock(folder):
                          "another --out, or wait") from e
     except OSError as e:                         # of a file system that has no locks
         say(f"{folder} can't be locked ({e.strerror}): let no other run write into it")
-    return file
-
-
-def check_free(folder):
-    """ValueError where another process works in a folder."""
-    folder = Path(folder).absolute()
-    first = rank_and_world()[0] == 0             # of torchrun's processes it holds the lock
-    if fcntl and first and folder not in CLAIMED and (folder / ".lock").exists():
-        lock(folder).close()
-
-
-def claim(folder):
-    """Makes a folder this process's own, until it ends; of torchrun's processes the first holds it
-    for all. ValueError where another run has it."""
-    folder = Path(folder).absolute()
-    if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
-        return
-    command = shlex.join(["python", *sys.orig_argv[1:]])
-    who = f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} ({command})"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = lock(folder)
-        file.truncate(0)
-        file.write(who)
-        file.flush()
     CLAIMED[folder] = file
+    with writing(folder):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} "
+                   f"({command})")
+        file.flush()
+
+
+@atexit.register
+def leave():
+    """Removes the claimed folders in which nothing has come to lie."""
+    for folder in CLAIMED:
+        with contextlib.suppress(OSError):
+            if os.listdir(folder) == [".lock"]:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def same_settings(folder, settings, write=True):

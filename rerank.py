@@ -171,24 +171,24 @@ def default_folder(settings):
     folders = [Path("out/rerank"), *(Path(f"out/rerank-{i}") for i in range(2, 1000))]
     for folder in sorted(folders, key=lambda folder: not (folder / "settings.json").exists()):
         try:
-            check_folder(folder, settings)
-            return folder
+            return claimed(folder, settings)
         except ValueError:                       # of other settings, or in use
             continue
     raise ValueError("out/rerank and 998 more hold runs of other settings: say --out")
 
 
-def check_folder(out, settings):
-    """Refuses a folder that another process works in, that holds another run, or files of these
-    names that are nobody's."""
-    records.check_free(out)
+def claimed(out, settings):
+    """Claims a folder. Refuses one that another process works in, that holds another run, or files
+    of these names that are nobody's."""
     if (out / "settings.json").exists():
         records.same_settings(out, settings)
-        return
-    here = [name for name in WRITTEN if (out / name).exists()]
-    if here and WRITTEN[0] not in here:          # a run's, whose settings were removed
-        raise ValueError(f"{out} holds {', '.join(here)} of no run of this script: choose another "
-                         "--out")
+    else:
+        here = [name for name in WRITTEN if (out / name).exists()]
+        if here and WRITTEN[0] not in here:      # a run's, whose settings were removed
+            raise ValueError(f"{out} holds {', '.join(here)} of no run of this script: choose "
+                             "another --out")
+    records.claim(out)
+    return out
 
 
 def take_folder(out, settings):
@@ -196,10 +196,8 @@ def take_folder(out, settings):
     process, processes = records.rank_and_world()
     place = [None]
     if process == 0:
-        place = [out or default_folder(settings)]
-        check_folder(place[0], settings)
+        place = [claimed(out, settings) if out else default_folder(settings)]
         if processes > 1:                        # the others write at once
-            records.claim(place[0])
             records.same_settings(place[0], settings)
     if processes > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
@@ -375,14 +373,13 @@ def main(args):
             wanted, args.likeness, args.by, direction.partition("-")[0], args.judges,
             devices.device_and_dtype(args.device)[0], references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
-        records.claim(out)
-        check_folder(out, settings)              # another may have been here meanwhile
         skipped = converse(rest, found, sources, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
             "draw": draw, **own})
     if processes > 1:
         dist.barrier()
+        dist.destroy_process_group()
     for reason in skipped if process else ():
         script.say(f"skipped {reason}")
     if process > 0:
@@ -397,7 +394,6 @@ def main(args):
         script.say(f"skipped {reason}")
 
     # 3) all of it once more, ranked and in the order of the inputs
-    records.claim(out)
     best_of_n.rank(done)
     by, ordered = choose(groups, args.by, wanted, direction)
     best = [rows[0] for rows in ordered.values() if rows[0]["scores"].get(by) is not None]

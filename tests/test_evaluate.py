@@ -67,6 +67,7 @@ def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monk
     argv = ["--limit", 1, "--only", "images", "--inception", tmp_path / "page.pth"]
     with pytest.raises(ValueError, match="page.pth could not be read as plain.*--inception"):
         run(tmp_path / "out", *argv)
+    records.leave()
     assert not loaded and not (tmp_path / "out").exists()
 
 

@@ -51,20 +51,22 @@ def test_the_shape_that_is_expected():
 def test_a_folder_is_one_runs(tmp_path):
     """Whose it is is told; with the process that holds it goes the lock."""
     out = tmp_path / "out"
-    records.check_free(out)
-    assert not out.exists()
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        for ask in (records.claim, records.check_free):
-            with pytest.raises(ValueError, match=f"out is in use by process {holder.pid} of "):
-                ask(out)
+        with pytest.raises(ValueError, match=f"out is in use by process {holder.pid} of "):
+            records.claim(out)
     finally:
         holder.kill()
         holder.wait()
-    records.check_free(out)
     records.claim(out)
     records.claim(out)                           # its own again
+    (out / "kept").touch()
+    records.leave()
+    assert (out / "kept").exists()
+    (out / "kept").unlink()
+    records.leave()                              # nothing came of it
+    assert not out.exists()
 
 
 def test_a_fingerprint_is_of_the_bytes(tmp_path):

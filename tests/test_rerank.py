@@ -143,6 +143,7 @@ def test_bad_input_is_refused(tmp_path, argv, said):
     argv = [str(known.get(a, a)) for a in argv]
     with pytest.raises(ValueError) as e:
         run(*argv, out=tmp_path / "out")
+    records.leave()
     assert said in str(e.value) and not (tmp_path / "out").exists()
 
 
@@ -359,6 +360,17 @@ def test_rows_of_another_picture_are_not_of_this_one(tmp_path):
 
 
 # ---------------------------------------------------------------- words, pairs, long prompts
+def test_two_runs_that_begin_at_once_take_two_folders(tmp_path, monkeypatch):
+    """The other one has claimed out/rerank, and written nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import records; records.claim('out/rerank'); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert rerank.default_folder({"seed": "1"}) == rerank.Path("out/rerank-2")
+    other.communicate("\n")
+    assert not (tmp_path / "out/rerank").exists()          # it came to nothing
+
+
 def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch, capsys):
     """Without --out a run goes on where its settings are at home, or where nothing is."""
     monkeypatch.chdir(tmp_path)
@@ -372,6 +384,7 @@ def test_other_settings_go_to_another_folder(finished, tmp_path, monkeypatch, ca
     argv = ["-n", "3", "--steps", "2", "--scorer", "full", "--device", "cpu", "--limit", "3"]
     assert rerank.main(rerank.flags(argv)) == 0                       # at home: nothing to do
     assert "another run" not in capsys.readouterr().err
+    records.leave()
     assert not (tmp_path / "out/rerank-3").exists()
     own = ["--seed", "2", "-n", "1", "--likeness", "pixel"]
     assert rerank.main(rerank.flags([*argv, *own])) == 0

@@ -11,7 +11,7 @@ from density import LIBRARIES, count, sources
 
 SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
-ROOMS = {"cycle": (), "losses": (), "bridge": ("script",), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
+ROOMS = {"cycle": (), "bridge": (), "losses": (), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
          "records": (), "foreign": (), "devices": (),
          "pictures": (), "data": ("pictures", "records", "script"),
          "captioners": ("cycle", "devices", "foreign", "loading"), "generators": ("cycle", "devices", "foreign", "loading"),
