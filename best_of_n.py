@@ -8,7 +8,7 @@ A row is what a line of candidates.jsonl holds of a candidate: {"caption", "pict
 {name: number or None, higher = better}, "errors": {name: standard error}, "gaps": {name: standard
 error of the difference to the best by that score}}. A picture that came out as no numbers is None,
 as are the scores that hang on it; its row has "nan".
-Copy this file with cycle.py, losses.py, data.py, pictures.py and records.py.
+Copy this file with annotations.py, cycle.py, data.py, losses.py, pictures.py and records.py.
 
 Letters: B items, n candidates of each, H W pixels.
 """

@@ -12,7 +12,7 @@ A set is a folder; what lies in it says what it is:
     python data.py coco --root data/coco                # checks what is there, and prints the
     python data.py nocaps --root data/nocaps            # commands that fetch what is not
 
-Copy this file with pictures.py and records.py: it needs torch.
+Copy this file with annotations.py, pictures.py and records.py: it needs torch.
 """
 import csv
 import functools
@@ -27,18 +27,9 @@ from pathlib import Path
 
 import torch
 
+import annotations
 from pictures import SUFFIXES, as_picture, pixels
-from records import (
-    digest,
-    load_json,
-    one_line,
-    read_lines,
-    read_rows,
-    read_text,
-    say,
-    the,
-    writing,
-)
+from records import digest, read_lines, read_rows, read_text, say, writing
 
 SETS = {"miniature": Path(__file__).resolve().parent / "miniature/data"}
 DOMAINS = {"in": "in-domain", "near": "near-domain", "out": "out-domain"}
@@ -75,13 +66,10 @@ def read(root, split=None):
     if not root.is_dir():
         raise ValueError(f"no data set at {root}: give --data the folder that holds it, or one of "
                          f"{', '.join(SETS)}")
-    public = split or default_split(root)
-    if public in ("nocaps", *DOMAINS):
-        items = nocaps(root, public)
-    elif (root / "dataset_coco.json").exists():
-        items = karpathy(root, public)
-    elif any(root.glob("coco_karpathy_*.json")):
-        items = blip(root, public)
+    part = split or default_split(root)
+    coco = (root / "dataset_coco.json").exists() or any(root.glob("coco_karpathy_*.json"))
+    if coco or part in ("nocaps", *DOMAINS):
+        items = public(root, part)
     elif (root / NOCAPS).exists():
         raise ValueError(f"{root / NOCAPS} has no split {split!r}; it has nocaps, "
                          f"{', '.join(DOMAINS)}")
@@ -126,88 +114,30 @@ def inside(path, root, where, ours=False):
     return path
 
 
-def listed(path):
-    """The JSON of a set, or what fetches it."""
+def public(root, split):
+    """The items of a split of a public set; train of Karpathy's includes restval."""
+    path = root / f"coco_karpathy_{split}.json"
+    wanted = ("train", "restval") if split == "train" else (split,)
+    if split in ("nocaps", *DOMAINS):
+        path = root / NOCAPS
+        wanted = DOMAINS.values() if split == "nocaps" else (DOMAINS[split],)
+    elif (root / "dataset_coco.json").exists():
+        path = root / "dataset_coco.json"
     if not path.exists():
         raise ValueError(f"{path} is missing: {command(path) or 'put it there'}")
-    return load_json(path)
-
-
-def karpathy(root, split):
-    """dataset_coco.json: images[].{filepath, filename, cocoid, split, sentences[].raw}; train
-    includes restval."""
-    path = root / "dataset_coco.json"
-    wanted = ("train", "restval") if split == "train" else (split,)
-    items, splits = [], set()
-    for number, row in enumerate(the(listed(path), "images", list, path), 1):
-        where = f"{path}, row {number}"
-        part = the(row, "split", str, where)
-        splits.add(part)
-        if part in wanted:
-            name = the(row, ("cocoid", "imgid"), (int, str), where)
-            place = root / the(row, "filepath", str, where, "") / the(row, "filename", str, where)
-            said = [the(x, "raw", str, where) for x in the(row, "sentences", list, where)]
-            picture = inside(place, root, where)
-            items.append(Item(str(name), picture, captions_of(said, where)))
+    items, parts = [], set()
+    for row in annotations.rows_in(path):
+        part = row.domain if path.name == NOCAPS else row.split
+        part = split if path.name.startswith("coco_karpathy_") else part
+        parts.add(str(part))
+        if part is None and split != "nocaps" or not row.file:
+            raise ValueError(f"{row.where}: it names no file, or is of no split")
+        if split == "nocaps" or part in wanted:
+            picture = inside(root / row.file, root, row.where)
+            items.append(Item(annotations.key(row.name), picture, row.captions, row.domain))
     if not items:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(splits))}")
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(parts))}")
     return items
-
-
-def blip(root, split):
-    """coco_karpathy_{split}.json: rows {image, caption}; train has a row a caption, val and test a
-    list of captions."""
-    path = root / f"coco_karpathy_{split}.json"
-    rows = listed(path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a list of rows {{image, caption}}")
-    items = {}
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        file = the(row, "image", str, where)
-        digits = Path(file).stem.rsplit("_", 1)[-1]
-        name = the(row, "image_id", (int, str), where, digits.lstrip("0") or "0")
-        if file not in items:
-            picture = inside(root / file, root, where)
-            items[file] = Item(str(name).removeprefix("coco_"), picture)
-        said = captions_of(the(row, "caption", (str, list), where), where)
-        items[file].captions += said
-    return list(items.values())
-
-
-def nocaps(root, split="nocaps"):
-    """NoCaps' file: images[].{id, file_name, domain}, annotations[].{image_id, caption}."""
-    path = root / NOCAPS
-    found = listed(path)
-    if isinstance(found, dict) and "annotations" not in found:
-        raise ValueError(f"{path} lists files without captions; that of {NOCAPS} has them")
-    captions = {}
-    for number, row in enumerate(the(found, "annotations", list, path), 1):
-        where = f"{path}, annotation {number}"
-        said = captions_of(the(row, "caption", (str, list), where), where)
-        captions.setdefault(the(row, "image_id", (int, str), where), []).extend(said)
-    items = []
-    for number, row in enumerate(the(found, "images", list, path), 1):
-        where = f"{path}, image {number}"
-        name = the(row, "id", (int, str), where)
-        if split == "nocaps":
-            domain = the(row, "domain", str, where, None)
-        else:
-            domain = the(row, "domain", str, where)
-        if split == "nocaps" or domain == DOMAINS[split]:
-            picture = inside(root / the(row, "file_name", str, where), root, where)
-            items.append(Item(str(name), picture, captions.get(name, []), domain))
-    return items
-
-
-def captions_of(value, where):
-    """The captions of a row, each on one line: of a string, a list of strings, or of Karpathy's
-    {raw}. Raises ValueError, which begins with `where`, for anything else, such as null."""
-    said = value if isinstance(value, list) else [value]
-    said = [x.get("raw") if isinstance(x, dict) else x for x in said]
-    if not all(isinstance(x, str) for x in said):
-        raise ValueError(f"{where}: expected a caption or a list of them, not {ascii(value)[:60]}")
-    return [one_line(x, where) for x in said]
 
 
 # ---------------------------------------------------------------- anybody's folder
@@ -269,7 +199,7 @@ def described(path, known):
         picture = path.parent / os.path.normpath(name)
         if picture not in known:
             raise ValueError(f"{where}: there is no file {name} in {path.parent}")
-        said = captions_of(row["text"] or None, where)
+        said = annotations.captions_of(row["text"] or None, where)
         known[picture] = (known[picture] or []) + said
 
 

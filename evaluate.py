@@ -22,10 +22,10 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-import annotations
 import cycle
 import data
 import devices
+import inputs
 import judges
 import loading
 import losses
@@ -284,7 +284,7 @@ def table_4(items, out, place, device, notes, inception, ci):
 # ---------------------------------------------------------------- captions of others
 def score(path, refs, images, place, device, notes, glove, ci):
     """{"captions": rows} of a file of captions."""
-    items, (captions,) = annotations.matched([path], refs, notes, images)
+    items, (captions,) = inputs.matched([path], refs, notes, images)
     pictures = images is not None
     rows = tables.of_captions(items, captions, place, device, notes, glove, ci, pictures)
     return {"captions": rows}
@@ -292,7 +292,7 @@ def score(path, refs, images, place, device, notes, glove, ci):
 
 def compare(paths, refs, images, place, device, notes, glove):
     """{"compare": {"metric, domain": b - a}} of two files of captions."""
-    items, (a, b) = annotations.matched(paths, refs, notes, images)
+    items, (a, b) = inputs.matched(paths, refs, notes, images)
     rows = tables.compared(items, a, b, place, device, notes, glove, images is not None)
     return {"compare": rows}
 
@@ -387,7 +387,7 @@ def main(args):
     elif args.job == "compare":
         results = compare(args.compare, args.refs, args.images, *with_notes, args.glove)
     elif args.job == "labelfree":
-        items, captions = annotations.pictured(args.captions, args.refs, args.images, notes)
+        items, captions = inputs.pictured(args.captions, args.refs, args.images, notes)
         generator = Generator.load(args.generator, args.device, args.dtype)
         if args.ckpt:
             loading.load_trained(args.ckpt, None, generator)

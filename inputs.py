@@ -4,8 +4,8 @@
     found = given_captions("captions.json")
     found.items[0].path, found.given["photo.jpg"]
 
-Copy this file with best_of_n.py, cycle.py, data.py, losses.py, pictures.py and records.py; the
-miniature is for `toys`.
+Copy this file with annotations.py, best_of_n.py, cycle.py, data.py, losses.py, pictures.py and
+records.py; the miniature is for `toys`.
 """
 import functools
 import os
@@ -15,14 +15,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import annotations
 import data
 import records
 from best_of_n import IMAGE, TEXT
 from miniature import world
+from records import the
 
-# the keys of rows that hold captions, and pictures, that exist
-PICTURE = ("image", "file_name", "image_id")
-CAPTIONS = ("captions", "caption", "text")
+# the keys of rows that hold pictures that exist
 PROMPT = ("prompt", "caption", "text")
 PICTURES = ("images", "pictures", "image", "file_name")
 VOCABULARY = {*"a an and".split(), *" ".join([*world.WORDS, *world.PHRASES]).split()}
@@ -115,8 +115,7 @@ def sentences_in(path):
 
 # ---------------------------------------------------------------- what exists already
 def given_captions(path, limit=None, items=()):
-    """Pictures with captions that exist: of JSON {picture: captions}; of JSON lines, or a JSON
-    list, of rows {"image" or "file_name": picture, "captions": [...]}; or of a folder of pictures
+    """Pictures with captions that exist: of any form of annotations.py, or of a folder of pictures
     with .txt files beside them, one caption a line.
 
     A picture is one of `items`, by its name or path, if there are any; else a file, beside `path`
@@ -126,17 +125,16 @@ def given_captions(path, limit=None, items=()):
     if os.path.isdir(path):
         rows = [(replace(item, captions=[]), item.captions) for item in data.read(path)]
     else:
+        check_there(path)
         known = {item.name: item for item in items}
         known |= {item.path.as_posix(): item for item in items}
-        table = table_of(path, PICTURE, CAPTIONS)
-        rows = [(item_of(name, path, known), said) for name, said in table.items()]
+        rows = [(item_of(row, path, known), row.captions) for row in annotations.rows_in(path)]
     found, captions, empty, absent = {}, {}, 0, 0
     for item, said in rows:
         if item is None:
             absent += 1
             continue
-        some = [records.one_line(x, path) for x in said]
-        some = [caption for caption in some if caption]
+        some = [caption for caption in said if caption]
         empty += len(said) - len(some)
         found[item.name] = item
         captions.setdefault(item.name, []).extend(some)
@@ -166,9 +164,8 @@ def given_pictures(path, limit=None):
                 prompt = " ".join(records.read_lines(says)) if says.exists() else folder.name
                 table.setdefault(prompt, []).extend(item.path for item in data.read(folder))
     else:
-        for prompt, files in table_of(path, PROMPT, PICTURES).items():
-            some = [picture_file(file, path) for file in files]
-            table.setdefault(records.one_line(prompt, path), []).extend(some)
+        for prompt, files in prompts_in(path).items():
+            table[prompt] = [picture_file(file, path) for file in files]
     if not table or "" in table:
         raise ValueError(f"{path}: expected a folder of pictures for each prompt, or JSON "
                          "{prompt: [pictures]}, and no empty prompt")
@@ -177,40 +174,45 @@ def given_pictures(path, limit=None):
     return out
 
 
-def table_of(path, keys, names):
-    """{key: list of strings} of a file of JSON {key: values}, or of rows with one of `keys` and one
-    of `names`; rows of one key are put together."""
+def prompts_in(path):
+    """{prompt: names of pictures} of a file of JSON {prompt: pictures}, or of rows with one of
+    PROMPT and one of PICTURES; rows of one prompt are put together."""
     table = {}
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file or folder")
-    if Path(path).suffix == ".json":
+    check_there(path)
+    if str(path).endswith(".json"):
         rows = records.load_json(path)
     else:
         rows = records.read_rows(path, whole=True)
     if isinstance(rows, dict):
-        rows = [{keys[0]: key, names[0]: values} for key, values in rows.items()]
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected {{{keys[0]}: {names[0]}}}, or rows of both")
+        rows = [{"prompt": prompt, "images": names} for prompt, names in rows.items()]
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected {{prompt: [pictures]}}, or rows of both")
     for number, row in enumerate(rows, 1):
-        key, values = None, None
-        if isinstance(row, dict):
-            key = next((row[name] for name in keys if name in row), None)
-            values = next((row[name] for name in names if name in row), None)
-        values = [values] if isinstance(values, str) else values
-        texts = isinstance(values, list) and all(isinstance(value, str) for value in values)
-        if not isinstance(key, str | int) or not texts:
-            raise ValueError(f"{path}, row {number}: expected {keys[0]!r} and {names[0]!r}, a "
-                             f"string or a list of them, not {ascii(row)[:80]}")
-        table.setdefault(str(key), []).extend(values)
+        where = f"{path}, row {number}"
+        prompt = the(row, PROMPT, str, where)
+        names = the(row, PICTURES, (str, list), where)
+        names = [names] if isinstance(names, str) else names
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{where}: expected names of pictures, not {ascii(names)[:60]}")
+        table.setdefault(records.one_line(prompt, where), []).extend(names)
     return table
 
 
-def item_of(name, path, known):
-    """The item of a picture that a file names: one of those known; None if it isn't."""
-    beside = Path(path).parent / name
+def check_there(path):
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file or folder")
+
+
+def item_of(row, path, known):
+    """The item of a picture that a row of a file names: one of those known; None if it isn't."""
+    name = row.file or row.name
+    if not known and row.name.isdigit() and not row.file:
+        raise ValueError(f"{row.where}: {row.name} is no picture's file: --data names its set")
     if not known:
         return data.Item(name, picture_file(name, path))
-    return known.get(name) or known.get(Path(name).as_posix()) or known.get(beside.as_posix())
+    beside = Path(path).parent / name
+    names = (name, Path(name).as_posix(), beside.as_posix(), annotations.key(row.name))
+    return next((known[x] for x in names if x in known), None)
 
 
 def picture_file(name, path):
@@ -256,6 +258,73 @@ def sources(found):
         captions = [x for x in given if isinstance(x, str)]
         source = str(item.path) if item.path else item.captions[0]
         out[item.name] = Source(found.direction, source, captions, pictures)
+    return out
+
+
+# ---------------------------------------------------------------- results, references, pictures
+def matched(results, source, notes, folder=None):
+    """(items, [captions of each of the files `results`]) of the images that are in all of them
+    and have references in source. folder: of their pictures."""
+    said = [annotations.results_in(path) for path in results]
+    references = annotations.by_key(source)
+    shared = set(references).intersection(*said)
+    names = [x for x in said[0] if x in shared]
+    if not names:
+        one, other = next(iter(said[0]), None), next(iter(references), None)
+        raise ValueError(f"no image of {' and '.join(map(str, results))} is in {source} (such as "
+                         f"{one!r} and {other!r})")
+    for path, file in zip([*results, source], [*said, references]):
+        if len(file) > len(names):
+            notes.append(f"{len(file) - len(names)} of the {len(file)} images of {path} are left "
+                         "out: not every file has captions of them")
+    items = [data.Item(x, None, references[x].captions, references[x].domain) for x in names]
+    if folder:
+        paths = pictures(folder, {x: said[0][x] for x in names}, references, notes)
+        for item in items:
+            item.path = paths[item.name]
+    captions = []
+    for file in said:
+        captions.append([file[x].captions[0] for x in names])
+    return items, captions
+
+
+def pictured(path, source, folder, notes):
+    """(items, captions) of a file of results whose pictures lie in a folder; source: None, or
+    references, which may list their files."""
+    said = annotations.results_in(path)
+    references = annotations.by_key(source) if source else {}
+    paths = pictures(folder, said, references, notes)
+    return [data.Item(x, paths[x]) for x in said], [row.captions[0] for row in said.values()]
+
+
+def pictures(folder, rows, references, notes):
+    """{image: path} of the images of rows {image: Row}, found in a folder by the file that the row
+    or the references name, else by the image's name, else by number; how many by which is noted.
+    Raises ValueError where an image has no picture, or several."""
+    by_path, by_name, by_number = {}, {}, {}
+    for item in data.folder(Path(folder)):
+        by_path[item.name] = [item.path]
+        by_name.setdefault(item.path.name, []).append(item.path)
+        by_number.setdefault(annotations.key(item.name), []).append(item.path)
+    out, ways, lost = {}, Counter(), []
+    for image, row in rows.items():
+        file = row.file or (references[image].file if image in references else None)
+        name = file or row.name
+        way = "`images`" if file else "name"
+        found = by_path.get(name) or by_name.get(Path(name).name, [])
+        if not found and not file:                              # a guess: 100 may be 0000.png
+            way, found = "number", by_number.get(image, [])
+        if len(found) == 1:
+            out[image] = found[0]
+            ways[way] += 1
+        else:
+            lost.append(f"{name} ({len(found)})")
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(rows)} images have no picture of their own in "
+                         f"{folder}, such as {lost[0]}: name its files in the references' images")
+    told = ", ".join(f"{count} by {way}" for way, count in ways.items())
+    guess = "; numbers are a guess, --refs with `images` is none" if ways["number"] else ""
+    notes.append(f"pictures of {folder} found: {told}{guess}")
     return out
 
 

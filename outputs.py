@@ -5,8 +5,8 @@ page, and what the choice is worth.
     write_winners(ordered, "both", Path("out/rerank"))
     datasets.load_dataset("imagefolder", data_dir="out/rerank/winners")       # image, text
 
-ordered: {item: its rows of candidates.jsonl, best first}. Copy this file with best_of_n.py,
-cycle.py, data.py, losses.py, metrics.py, page.py, pictures.py and records.py.
+ordered: {item: its rows of candidates.jsonl, best first}. Copy this file with annotations.py,
+best_of_n.py, cycle.py, data.py, losses.py, metrics.py, page.py, pictures.py and records.py.
 """
 import csv
 import io

@@ -8,8 +8,8 @@
 
 Items are data.Items: captions (the references), path (of the picture), domain. rows is {domain: {n:
 items, score: value, or {value, low, high} with ci, or None where it can't be had}}. Copy this file
-with best_of_n.py, cycle.py, data.py, judges.py, loading.py, losses.py, metrics.py, pictures.py and
-records.py.
+with annotations.py, best_of_n.py, cycle.py, data.py, judges.py, loading.py, losses.py, metrics.py,
+pictures.py and records.py.
 """
 import functools
 import math

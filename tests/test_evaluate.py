@@ -218,15 +218,15 @@ def test_cider_of_one_image_is_told(tmp_path):
         assert ("CIDEr of one image alone is 0" in " ".join(results["notes"])) == told
 
 
-def test_an_image_by_its_number():
+def test_an_image_by_its_number(tmp_path):
     same = [391895, "391895", "000000391895.jpg", "val2014/COCO_val2014_000000391895.jpg",
             "coco_391895"]
     assert {annotations.key(x) for x in same} == {"391895"}
     others = ["cat1.jpg", "dog1.jpg", "0013ea2087020f01.jpg", "0013ea2087020f02.jpg", "a/b 7.png"]
     assert [annotations.key(x) for x in others] == others
-    assert annotations.keys([7, 7, "8"], "x") == ["7", "7", "8"]
-    with pytest.raises(ValueError, match="a/001.jpg and b/001.jpg"):
-        annotations.keys(["a/001.jpg", "b/001.jpg"], "captions.json")
+    said = write(tmp_path / "captions.json", dict.fromkeys(["a/001.jpg", "b/001.jpg"], "a dog"))
+    with pytest.raises(ValueError, match="captions.json: a/001.jpg and b/001.jpg"):
+        annotations.by_key(said)
 
 
 @pytest.mark.parametrize("content", [
@@ -239,9 +239,8 @@ def test_an_image_by_its_number():
     [{"image_id": 7, "caption": c} for c in ("a dog", "a cat")],
     {"7.jpg": ["a dog", "a cat"], "8.jpg": []}])
 def test_files_of_captions(tmp_path, content):
-    found = annotations.captions_in(write(tmp_path / "a.json", content))
-    assert found.texts == {"7": ["a dog", "a cat"]}
-    assert found.domains in ({}, {"7": "in-domain"})
+    (image, row), = annotations.by_key(write(tmp_path / "a.json", content)).items()
+    assert (image, row.captions) == ("7", ["a dog", "a cat"]) and row.domain in (None, "in-domain")
     with pytest.raises(ValueError, match="a.json has several captions of 1 images, such as .*7"):
         annotations.results_in(tmp_path / "a.json")                   # which one is meant?
 
@@ -252,7 +251,7 @@ def test_files_of_captions(tmp_path, content):
     {"7": None}, {"7": ["a dog", None]}])
 def test_files_of_something_else_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="a.json(, .*[17])?: expected"):
-        annotations.captions_in(write(tmp_path / "a.json", content))
+        annotations.by_key(write(tmp_path / "a.json", content))
 
 
 def test_names_that_look_alike_are_drawn_apart(tmp_path):
@@ -312,9 +311,9 @@ def test_pictures_are_found_by_the_references(tmp_path, images, job):
     notes, found = [], {}
     for refs in (full, bare):
         if job == "score":
-            items, _ = annotations.matched([captions], refs, notes, tmp_path / "set")
+            items, _ = inputs.matched([captions], refs, notes, tmp_path / "set")
         else:
-            items, _ = annotations.pictured(captions, refs, tmp_path / "set", notes)
+            items, _ = inputs.pictured(captions, refs, tmp_path / "set", notes)
         found[refs] = {x.name: x.path.name for x in items}
     assert found[full] == {str(x["id"]): x["file_name"] for x in rows}
     assert found[bare] == {str(x["id"]): f"{x['id']:04}.png" for x in rows}
@@ -322,7 +321,7 @@ def test_pictures_are_found_by_the_references(tmp_path, images, job):
     rows[0]["file_name"] = "0099.png"                # what is named is not guessed
     write(full, heard | {"images": rows})
     with pytest.raises(ValueError, match=r"1 of 5 images have no picture .*0099.png \(0\)"):
-        annotations.pictured(captions, full, tmp_path / "set", [])
+        inputs.pictured(captions, full, tmp_path / "set", [])
 
 
 def test_pictures_are_found_by_name(tmp_path, images):
@@ -331,13 +330,13 @@ def test_pictures_are_found_by_name(tmp_path, images):
     names = ["cats/img_1.png", "7.png", "8", "dogs/img_1.png"]
     said = write(tmp_path / "said.json", dict.fromkeys(names, "a ring"))
     notes = []
-    items, _ = annotations.pictured(said, None, tmp_path / "set", notes)
+    items, _ = inputs.pictured(said, None, tmp_path / "set", notes)
     assert [x.path.relative_to(tmp_path / "set").as_posix() for x in items] == [
         "cats/img_1.png", "7.png", "x/8.png", "dogs/img_1.png"]
     assert "3 by name, 1 by number" in notes[0]
     write(said, {"img_1.png": "a ring", "9.png": "a ring"})
     with pytest.raises(ValueError, match=r"2 of 2 images .* such as img_1.png \(2\)"):
-        annotations.pictured(said, None, tmp_path / "set", notes)
+        inputs.pictured(said, None, tmp_path / "set", notes)
 
 
 def test_clipscore_of_given_captions(tmp_path, scenes, images):

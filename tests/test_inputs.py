@@ -166,3 +166,15 @@ def test_of_others_it_says_so(here):
     note, warning = inputs.toys("vitb", "miniature", photo, ["a b.png", "--out", "x", "-n", "3"])
     assert warning.startswith("TOY MODELS: the generator of the miniature") and "captioner" not in note
     assert warning.endswith("python rerank.py 'a b.png' --out x-real -n 3 --captioner vitb --generator sd14")
+
+
+def test_cocos_results_are_candidates_of_a_set(tmp_path):
+    """By the set's own number, as COCO writes it; without a set a number is no picture."""
+    items = data.read("miniature", "near")[:2]
+    rows = [{"image_id": int(item.name), "caption": said} for item in items for said in ("a ring", "a wall")]
+    path = tmp_path / "captions_results.json"
+    path.write_text(json.dumps(rows))
+    found = inputs.given_captions(path, items=items)
+    assert found.given == {item.name: ["a ring", "a wall"] for item in items}
+    with pytest.raises(ValueError, match=f"row 1: {items[0].name} is no picture's file: --data names its set"):
+        inputs.given_captions(path)

@@ -13,14 +13,14 @@ SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
 ROOMS = {"cycle": (), "bridge": (), "losses": (), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
          "records": (), "foreign": (), "devices": (),
-         "pictures": (), "data": ("pictures", "records", "script"),
+         "pictures": (), "data": ("annotations", "pictures", "records", "script"),
          "captioners": ("cycle", "devices", "foreign", "loading"), "generators": ("cycle", "devices", "foreign", "loading"),
          "judges": ("loading", "metrics", "records"),
-         "tables": ("best_of_n", "data", "judges", "metrics", "records"), "annotations": ("data", "records"),
+         "tables": ("best_of_n", "data", "judges", "metrics", "records"), "annotations": ("records",),
          "batches": ("cycle", "data", "losses", "miniature", "records"),
          "checkpoints": ("captioners", "generators", "loading", "records"),
          "best_of_n": ("cycle", "data", "losses", "records"),
-         "inputs": ("best_of_n", "data", "miniature", "records"),
+         "inputs": ("annotations", "best_of_n", "data", "miniature", "records"),
          "outputs": ("best_of_n", "cycle", "data", "losses", "metrics", "page", "records")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
             "data": "data.py"}
