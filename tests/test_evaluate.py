@@ -451,7 +451,7 @@ def test_rerank_prints_the_findings(tmp_path, capsys):
     for whole in (found.whole, found.items):
         outputs.show_worth(groups, found.items, "good", whole)
         said.append(capsys.readouterr().out)
-    rows = tables.findings(tmp_path, "miniature", "test", "none", "cpu", [])["findings"]
+    rows = tables.findings(tmp_path, found.whole, "none", "cpu", [])["findings"]
     assert {"CIDEr by good", "CIDEr by bad"} <= set(rows)
     for domains in rows.values():
         row = "mean {mean:6.1f}   chosen {chosen:6.1f}   oracle {oracle:6.1f}".format(**domains["all"])
@@ -475,7 +475,7 @@ def test_findings_know_what_they_are_of(tmp_path):
     write(tmp_path / "settings.json", later)
     assert run(tmp_path / "out", "--findings", tmp_path)["findings"] == found["findings"]
     plant(tmp_path, test + val, "miniature test")    # what is in there, whatever settings say
-    with pytest.raises(ValueError, match="is not in miniature, split test"):
+    with pytest.raises(ValueError, match="is not in the set and split"):
         run(tmp_path / "out", "--findings", tmp_path)
     plant(tmp_path, test, "None")
     with pytest.raises(ValueError, match="pictures or sentences by themselves"):
