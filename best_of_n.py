@@ -38,7 +38,6 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
                          f"list of captions, not {ascii(image)[:60]} and {captions!r}")
     if more.get("scorer", "both") == "both":
         more["draw"] = {"steps": 0} | more.get("draw", {})
-    more = {"likeness": {}} | more
     rows, = captions_for([image], [item], captioner, generator, given=[list(captions)], **more)
     return best_first(rows, default_score(rows, IMAGE, more.get("by")))
 
@@ -48,13 +47,12 @@ def rank_pictures(text, pictures, captioner, generator, item=0, by=None, **more)
     pictures_for."""
     if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
         raise ValueError("expected one text and a list of pictures (3, H, W)")
-    more = {"likeness": {}} | more
     rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
     return best_first(rows, default_score(rows, TEXT, by))
 
 
 # ---------------------------------------------------------------- the two conversations
-def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
+def captions_for(images, items, captioner, generator, likeness=None, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None, given=None, by=None):
     """n captions of each picture (3, H, W) with their scores: n rows an item.
 
@@ -67,16 +65,12 @@ def captions_for(images, items, captioner, generator, likeness, clip=None, score
     speak, draw = speak or {}, draw or {}
     groups = []
     if scorer == "both":
+        said, log_p = given, [None] * len(images)
         if given is None:
             said, log_p = captioner.speak(images, n, seed=seed, items=items, **speak)
-        else:
-            said = given
-            log_p = [cycle.read(captioner, [image] * len(captions), captions)
-                     for image, captions in zip(images, given)]
         for image, item, captions, total in zip(images, items, said, log_p):
-            found = judged(captioner, generator, [image], captions, item, total, seed, draws,
-                           draw.get("batch", 16))
-            groups.append(rows_of(captions, [None] * len(captions), *found))
+            groups.append(judged(captioner, generator, [image], captions, item, total, seed, draws,
+                                 draw.get("batch", 16)))
     else:
         groups = talked(cycle.image_text_image, captioner, generator, images, n, likeness, seed,
                         items, speak, draw, given)
@@ -85,11 +79,12 @@ def captions_for(images, items, captioner, generator, likeness, clip=None, score
             put(rows, "clipscore", clip.score(image[None], [row["caption"] for row in rows]))
     if scorer == "both" and draw.get("steps", 50) > 0:
         winners = [best_first(rows, default_score(rows, IMAGE, by))[0] for rows in groups]
-        draw_rows(winners, items, generator, seed, draw)
+        wanted = [row["caption"] for row in winners]
+        put_pictures(winners, generator.draw(wanted, items, seed, **draw))
     return groups
 
 
-def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
+def pictures_for(texts, items, captioner, generator, likeness=None, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None, given=None):
     """n pictures (3, H, W) of each text with their scores: n rows an item. By `both` the caption of
     a row is the text; by `full` what the captioner read. likeness: as in cycle.text_image_text;
@@ -103,10 +98,9 @@ def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer
             each = [(item, j) for item in items for j in range(n)]    # what its noise hangs on
             drawn = generator.draw(wanted, each, seed, **draw).split(n)
         for text, item, pictures in zip(texts, items, drawn):
-            total = cycle.read(captioner, pictures, [text] * len(pictures))
-            found = judged(captioner, generator, pictures, [text], item, total, seed, draws,
-                           draw.get("batch", 16))
-            groups.append(rows_of([text] * len(pictures), pictures, *found))
+            rows = judged(captioner, generator, pictures, [text], item, None, seed, draws,
+                          draw.get("batch", 16))
+            groups.append(put_pictures(rows, pictures))
     else:
         groups = talked(cycle.text_image_text, captioner, generator, texts, n, likeness, seed,
                         items, speak, draw, given)
@@ -119,26 +113,23 @@ def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer
     return groups
 
 
-def draw_rows(rows, items, generator, seed, draw):
-    """Draws the captions of rows, each of another item, all from their items' noise."""
-    captions = [row["caption"] for row in rows]
-    for row, picture in zip(rows, generator.draw(captions, items, seed, **draw)):
-        put_picture(row, picture)
-
-
-def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12, batch=16):
+def judged(captioner, generator, images, captions, item, log_p, seed, draws, batch):
     """What both models say of n candidates, one image (3, H, W) and n captions or n images and one
-    caption: {score: (n,)}, their standard errors, and those of the differences to the best.
+    caption: their rows, with standard errors, and those of the differences to the best.
 
-    log_p (n,): log-likelihoods; the generator's noises are those of cycle.noises. A candidate whose
-    loss is no number has scores of nan, and no part in those of the others.
+    log_p (n,): log-likelihoods, or None; the generator's noises are those of cycle.noises. A
+    candidate whose loss is no number has no scores, and no part in those of the others.
     """
+    n = max(len(images), len(captions))
+    said = list(captions) * (n // len(captions))
+    if log_p is None:
+        log_p = cycle.read(captioner, list(images) * (n // len(images)), said)
     timesteps, noise = cycle.noises(generator, draws, seed, item)
     parts = []
-    for i in range(0, max(len(images), len(captions)), batch):
+    for i in range(0, n, batch):
         some = images if len(images) == 1 else images[i:i + batch]
-        said = captions if len(captions) == 1 else captions[i:i + batch]
-        parts.append(losses.score(generator, some, said, timesteps, noise, batch,
+        texts = captions if len(captions) == 1 else captions[i:i + batch]
+        parts.append(losses.score(generator, some, texts, timesteps, noise, batch,
                                   empty=len(images) > 1))
     loss = torch.cat(parts, 1)                                         # (draws, n)
     mean, error = losses.mean_and_error(loss)
@@ -156,7 +147,7 @@ def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12
         best = loss[:, [int(scores[name].nan_to_num(-torch.inf).argmax())]]
         errors[name] = error / spread
         gaps[name] = losses.mean_and_error(loss - best)[1] / spread
-    return scores, errors, gaps
+    return rows_of(said, scores=scores, errors=errors, gaps=gaps)
 
 
 def likelihoods(captioner, captions, log_p):
@@ -179,35 +170,35 @@ def talked(conversation, captioner, generator, asked, n, likeness, seed, items, 
         for b, captions in enumerate(talk.captions):
             scores = {name: score[b] for name, score in talk.scores.items()}
             scores |= likelihoods(captioner, captions, talk.likelihood[b])
-            groups.append(rows_of(captions, talk.images[b], scores))
+            groups.append(put_pictures(rows_of(captions, scores=scores), talk.images[b]))
     return groups
 
 
-def rows_of(captions, pictures, scores, errors=None, gaps=None):
-    """n candidates -> n rows; numbers to six digits, nan as None."""
+def rows_of(captions, **columns):
+    """n candidates -> n rows; columns: scores, errors, gaps, {name: (n,)} each."""
     rows = []
-    for caption, picture in zip(captions, pictures):
-        row = {"caption": caption, "picture": None, "scores": {}, "errors": {}, "gaps": {}}
-        if picture is not None:
-            put_picture(row, picture)
-        rows.append(row)
-    for kind, columns in (("scores", scores), ("errors", errors), ("gaps", gaps)):
-        for name, values in (columns or {}).items():
+    for caption in captions:
+        rows.append({"caption": caption, "picture": None, "scores": {}, "errors": {}, "gaps": {}})
+    for kind, found in columns.items():
+        for name, values in found.items():
             put(rows, name, values, kind)
     return rows
 
 
 def put(rows, name, values, kind="scores"):
-    """Values (n,) into the rows, as `name` of their `kind`."""
+    """Values (n,) into the rows, as `name` of their `kind`: to six digits, nan as None."""
     for row, value in zip(rows, values):
         row[kind][name] = None if math.isnan(value) else round(float(value), 6)
 
 
-def put_picture(row, picture):
-    """A picture (3, H, W) into its row; in place of one that is not finite, the mark `nan`."""
-    row["picture"] = picture if bool(picture.isfinite().all()) else None
-    if row["picture"] is None:
-        row["nan"] = True
+def put_pictures(rows, pictures):
+    """The rows with pictures (3, H, W); in place of one that is not finite, the mark `nan`."""
+    for row, picture in zip(rows, pictures):
+        if picture.isfinite().all():
+            row["picture"] = picture
+        else:
+            row["nan"] = True
+    return rows
 
 
 # ---------------------------------------------------------------- kept in a file
@@ -247,8 +238,9 @@ def save_picture(row, name, out):
 
 def draw_later(rows, generator, seed, draw, out):
     """Draws lines of candidates.jsonl that were not drawn, and saves the pictures."""
-    draw_rows(rows, [row["item"] for row in rows], generator, seed, draw)
-    for row in rows:
+    captions = [row["caption"] for row in rows]
+    items = [row["item"] for row in rows]
+    for row in put_pictures(rows, generator.draw(captions, items, seed, **draw)):
         if row["picture"] is not None:
             save_picture(row, data.picture_name(row["item"], row["candidate"]), out)
 

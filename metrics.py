@@ -411,13 +411,14 @@ def choices(quality, ranking):
         ranked.append(np.asarray(values, np.float64)[order])
         mean.append(np.mean(values))
     chosen = np.array([values[0] for values in ranked])
+    gain = chosen - mean
     by_rank = np.array([*zip_longest(*ranked, fillvalue=np.nan)])
     return {
         "mean": np.mean(mean),
         "chosen": chosen.mean(),
         "oracle": np.mean([*map(max, ranked)]),
-        "gain": np.mean(chosen - mean),
-        "interval": interval(chosen - mean),
+        "gain": gain.mean(),
+        "interval": interval(gain),
         "by_rank": np.nanmean(by_rank, 1).tolist(),
         "items": len(ranked),
     }

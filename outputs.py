@@ -73,7 +73,7 @@ def explain(rows, generator, draws, seed, batch, out):
 
 # ---------------------------------------------------------------- for a spreadsheet
 def write_table(ordered, by, path):
-    """candidates.csv: a line a candidate, best first, with_reason.
+    """candidates.csv: a line a candidate, best first. ordered: the rows of with_reason.
 
     In UTF-8 with its mark, which spreadsheets need. They take a cell that begins with = + - @ for a
     formula: such a text gets a ' before it; a number does not.
@@ -81,7 +81,7 @@ def write_table(ordered, by, path):
     names = ("item", "input", "caption", "picture")
     columns = ["rank", "tie", *names, *score_names(ordered), f"error of {by}", f"gap of {by}"]
     text = io.StringIO()
-    table = csv.DictWriter(text, columns)
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for rows in ordered.values():
         for place, row in enumerate(rows, 1):
@@ -91,7 +91,7 @@ def write_table(ordered, by, path):
             cells[f"error of {by}"] = row.get("errors", {}).get(by)
             cells[f"gap of {by}"] = row.get("gaps", {}).get(by)
             table.writerow(cells)
-    records.write_text(path, "\ufeff" + records.visible(text.getvalue().replace("\r\n", "\n")))
+    records.write_text(path, "\ufeff" + records.visible(text.getvalue()))
 
 
 def plain(text):
@@ -178,7 +178,12 @@ def write_pairs(groups, by, margin, folder):
             if gap <= margin:
                 ties += 1
                 continue
-            pair = trl_pair(better, worse) if captions else dpo_pair(better, worse, folder)
+            if captions:
+                pair = trl_pair(better, worse)
+            else:
+                one, other = ((folder / row["picture"]).read_bytes() for row in (better, worse))
+                pair = {"caption": better["input"], "jpg_0": one, "jpg_1": other, "label_0": 1.0,
+                        "label_1": 0.0}
             rows.append(pair | {"margin": gap})
     path = folder / ("pairs.jsonl" if captions else "pairs.parquet")
     if captions:
@@ -199,12 +204,6 @@ def trl_pair(better, worse):
     return {"images": [str(Path(better["input"]).resolve())],
             "prompt": [{"role": "user", "content": question}],
             "chosen": answers[0], "rejected": answers[1]}
-
-
-def dpo_pair(better, worse, folder):
-    first, second = ((folder / row["picture"]).read_bytes() for row in (better, worse))
-    return {"caption": better["input"], "jpg_0": first, "jpg_1": second, "label_0": 1.0,
-            "label_1": 0.0}
 
 
 def write_parquet(path, rows):
@@ -228,10 +227,15 @@ def show(found, ordered, by, note, warning, undrawn, out):
         if item.name in ordered:
             rows = ordered[item.name]
             shown.append((item.name, item.path, "" if picture else item.captions[0], rows))
-            if rows[0]["scores"].get(by) is not None:
-                best[item.name] = {"caption": rows[0]["caption"], "picture": rows[0]["picture"],
-                                   "by": by, "score": rows[0]["scores"][by],
-                                   "why": rows[0]["why"]}
+            first = rows[0]
+            if first["scores"].get(by) is not None:
+                best[item.name] = {
+                    "caption": first["caption"],
+                    "picture": first["picture"],
+                    "by": by,
+                    "score": first["scores"][by],
+                    "why": first["why"],
+                }
     say_if_other(out / "best.json", by)
     records.write_json(out / "best.json", best)
     write_table(ordered, by, out / "candidates.csv")
@@ -300,8 +304,9 @@ def show_worth(groups, items, by, whole=()):
 
 def counted(groups):
     """How many candidates the items have, as words."""
-    counts = sorted({len(rows) for rows in groups.values()})
-    return f"N = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+    counts = [len(rows) for rows in groups.values()]
+    most = max(counts)
+    return f"N = {most}" if min(counts) == most else f"N = {min(counts)} to {most}"
 
 
 def some(names):

@@ -15,7 +15,6 @@ import functools
 import math
 import re
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
@@ -186,8 +185,8 @@ def document_frequency(items):
 
 
 def made_of(folder, root, split, place):
-    """(set, split, judges, items) of a rerank's folder, by its settings.json; ValueError where root
-    or split, as given, are others, or where it was made of no set, or of one that has changed."""
+    """(set, split, judges, items) of a rerank's folder, by its settings.json, or as given;
+    ValueError where it was made of no set, or of another one than the given."""
     if not (folder / "candidates.jsonl").exists():
         raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
                          "first, with --data")
@@ -197,28 +196,18 @@ def made_of(folder, root, split, place):
     if name in (None, "None"):
         raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
                          "have no references")
-    if root and Path(root).name != Path(name).name:
-        raise ValueError(f"{folder} was made of {name}, not of --data {root}")
-    if split and split != part:
-        raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
-    root, split = root or name, None if part == "None" else part
+    root, split = root or name, split or (None if part == "None" else part)
     items = data.read(root, split)
-    if settings.get("content") not in (None, data.content_of(items)):
-        raise ValueError(f"{folder} was made of another {root}, split {split}: its names or "
-                         "captions have changed since")
+    if settings.get("content") != data.content_of(items):
+        raise ValueError(f"{folder} was made of {name}, split {part}; {root}, split {split}, has "
+                         "other names or captions: give --data and --split of that set")
     return root, split, place or settings.get("judges", "none"), items
 
 
 def findings(folder, items, place, device, notes, glove=None):
     """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
     {"metric by score": {domain: row}}, and their direction. items: of the set it was made of."""
-    known = {x.name: x for x in items}
     found = groups_in(folder)
-    for name, (first, *_) in found.items():
-        item, given = known.get(name), first["input"]
-        if not item or (given not in item.captions[:1] and Path(given).name != item.path.name):
-            raise ValueError(f"{folder}: item {name}, made of {given!r}, is not in the set and "
-                             "split that settings.json names: name the set by --data")
     chosen = [x for x in items if x.captions and complete(found.get(x.name))]
     if len(chosen) < len(found):
         notes.append(f"{len(found) - len(chosen)} of {len(found)} items are left out: they have "
@@ -232,7 +221,8 @@ def findings(folder, items, place, device, notes, glove=None):
     if direction == IMAGE:
         captions = [row["caption"] for row in rows]
         references = [x.captions for x in owners]
-        quality = {"CIDEr": 100 * metrics.cider(captions, references, document_frequency(items))}
+        df = document_frequency(items)
+        quality = {"CIDEr": 100 * metrics.cider(captions, references, df)}
         quality |= likenesses(captions, references, place, device, notes, glove)
     else:
         files = [folder / row["picture"] for row in rows]
@@ -242,7 +232,8 @@ def findings(folder, items, place, device, notes, glove=None):
     out = {}
     for by, ranking in rankings(groups, notes).items():
         for metric, values in quality.items():
-            out[f"{metric} by {by}"] = choices(np.split(values, ends[:-1]), ranking, chosen)
+            each = np.split(values, ends[:-1])                 # of each item (n,)
+            out[f"{metric} by {by}"] = choices(each, ranking, chosen)
     for domain, some in by_domain(chosen).items():
         if len(some) < FEW:
             notes.append(f"{domain}: {len(some)} items do not tell whether the choice helps")
@@ -333,7 +324,9 @@ def text(title, rows, names):
     grid = [[title, "n", *names]]
     for name, row in rows.items():
         metric = re.split(",| by ", name)[0]
-        cells = [cell(row[column], {metric, column}) for column in names]
+        cells = []
+        for column in names:
+            cells.append(cell(row[column], {metric, column}))
         grid.append([name, str(row["n"]), *cells])
     widths = [max(map(len, column)) for column in zip(*grid)]
     lines = []
@@ -363,11 +356,10 @@ def with_gain(row, column, gain):
 def report(results):
     """All of an evaluation's results as text."""
     texts = []
-    if "captions" in results:
-        names = [name for name in results["captions"]["all"] if name != "n"]
-        texts.append(text("captions", results["captions"], names))
-    if "images" in results:
-        texts.append(text("pictures", results["images"], PICTURES))
+    for key, title in (("captions", "captions"), ("images", "pictures")):
+        if key in results:
+            names = [name for name in results[key]["all"] if name != "n"]
+            texts.append(text(title, results[key], names))
     if "compare" in results:
         rows = {}
         for name, row in results["compare"].items():

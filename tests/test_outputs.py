@@ -158,6 +158,18 @@ def test_worth_where_items_have_different_numbers(capsys):
     assert "CIDEr of one picture is 0 by its definition" in capsys.readouterr().out
 
 
+def test_a_score_that_some_items_lack_does_not_choose():
+    groups = {}
+    for i in range(3):
+        groups[i] = [{"scores": {"a": 1, "b": None if i else 2, "c": 1}},
+                     {"scores": {"a": 2, "b": None, "c": 2 if i else None}}]
+    notes = []
+    found = best_of_n.rankings(groups, notes)
+    assert found["a"] == [[1, 2]] * 3 and found["c"][0] == [1, float("-inf")] and "b" not in found
+    assert notes == ["no choice by b: some items have no such score",
+                     "1 candidates without c come last by it"]
+
+
 def test_reasons_in_words():
     def why(*scores, by="both"):
         rows = [{"scores": {"both": s}, "gaps": {"both": gap}} for s, gap in scores]
