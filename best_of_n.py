@@ -24,6 +24,7 @@ from records import the
 
 IMAGE, TEXT = "image-text-image", "text-image-text"      # the two directions
 RANKS = {IMAGE: "denoise", TEXT: "both"}         # what ranks by RESULTS.md, of scorer `both`
+FEW = 30                                         # items below which no interval is to be trusted
 
 
 # ---------------------------------------------------------------- candidates that exist
@@ -37,7 +38,6 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
                          f"list of captions, not {ascii(image)[:60]} and {captions!r}")
     if more.get("scorer", "both") == "both":
         more["draw"] = {"steps": 0} | more.get("draw", {})
-    more = {"likeness": {}} | more
     rows, = captions_for([image], [item], captioner, generator, given=[list(captions)], **more)
     return best_first(rows, default_score(rows, IMAGE, more.get("by")))
 
@@ -47,13 +47,12 @@ def rank_pictures(text, pictures, captioner, generator, item=0, by=None, **more)
     pictures_for."""
     if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
         raise ValueError("expected one text and a list of pictures (3, H, W)")
-    more = {"likeness": {}} | more
     rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
     return best_first(rows, default_score(rows, TEXT, by))
 
 
 # ---------------------------------------------------------------- the two conversations
-def captions_for(images, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
+def captions_for(images, items, captioner, generator, likeness=None, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None, given=None, by=None):
     """n captions of each picture (3, H, W) with their scores: n rows an item.
 
@@ -66,35 +65,26 @@ def captions_for(images, items, captioner, generator, likeness, clip=None, score
     speak, draw = speak or {}, draw or {}
     groups = []
     if scorer == "both":
+        said, log_p = given, [None] * len(images)
         if given is None:
             said, log_p = captioner.speak(images, n, seed=seed, items=items, **speak)
-        else:
-            said = given
-            log_p = [cycle.read(captioner, [image] * len(captions), captions)
-                     for image, captions in zip(images, given)]
         for image, item, captions, total in zip(images, items, said, log_p):
-            found = judged(captioner, generator, [image], captions, item, total, seed, draws,
-                           draw.get("batch", 16))
-            groups.append(rows_of(captions, [None] * len(captions), *found))
-    elif given is None:
-        talk = cycle.image_text_image(captioner, generator, images, n, likeness, seed, items,
-                                      speak, draw)
-        groups = rows_of_talk(talk, captioner)
-    else:                                        # of any number each: one by one
-        for image, item, captions in zip(images, items, given):
-            talk = cycle.image_text_image(captioner, generator, [image], None, likeness, seed,
-                                          [item], None, draw, [captions])
-            groups += rows_of_talk(talk, captioner)
+            groups.append(judged(captioner, generator, [image], captions, item, total, seed, draws,
+                                 draw.get("batch", 16)))
+    else:
+        groups = talked(cycle.image_text_image, captioner, generator, images, n, likeness, seed,
+                        items, speak, draw, given)
     if clip:                                     # the baseline without a cycle
         for image, rows in zip(images, groups):
             put(rows, "clipscore", clip.score(image[None], [row["caption"] for row in rows]))
     if scorer == "both" and draw.get("steps", 50) > 0:
         winners = [best_first(rows, default_score(rows, IMAGE, by))[0] for rows in groups]
-        draw_rows(winners, items, generator, seed, draw)
+        wanted = [row["caption"] for row in winners]
+        put_pictures(winners, generator.draw(wanted, items, seed, **draw))
     return groups
 
 
-def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer="both", n=10,
+def pictures_for(texts, items, captioner, generator, likeness=None, clip=None, scorer="both", n=10,
                  seed=0, draws=12, speak=None, draw=None, given=None):
     """n pictures (3, H, W) of each text with their scores: n rows an item. By `both` the caption of
     a row is the text; by `full` what the captioner read. likeness: as in cycle.text_image_text;
@@ -108,19 +98,12 @@ def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer
             each = [(item, j) for item in items for j in range(n)]    # what its noise hangs on
             drawn = generator.draw(wanted, each, seed, **draw).split(n)
         for text, item, pictures in zip(texts, items, drawn):
-            total = cycle.read(captioner, pictures, [text] * len(pictures))
-            found = judged(captioner, generator, pictures, [text], item, total, seed, draws,
-                           draw.get("batch", 16))
-            groups.append(rows_of([text] * len(pictures), pictures, *found))
-    elif given is None:
-        talk = cycle.text_image_text(captioner, generator, texts, n, likeness, seed, items, speak,
-                                     draw)
-        groups = rows_of_talk(talk, captioner)
+            rows = judged(captioner, generator, pictures, [text], item, None, seed, draws,
+                          draw.get("batch", 16))
+            groups.append(put_pictures(rows, pictures))
     else:
-        for text, item, pictures in zip(texts, items, given):
-            talk = cycle.text_image_text(captioner, generator, [text], None, likeness, seed,
-                                         [item], speak, None, [pictures])
-            groups += rows_of_talk(talk, captioner)
+        groups = talked(cycle.text_image_text, captioner, generator, texts, n, likeness, seed,
+                        items, speak, draw, given)
     if clip:
         for text, rows in zip(texts, groups):
             pictures = [row["picture"] for row in rows]
@@ -130,26 +113,23 @@ def pictures_for(texts, items, captioner, generator, likeness, clip=None, scorer
     return groups
 
 
-def draw_rows(rows, items, generator, seed, draw):
-    """Draws the captions of rows, each of another item, all from their items' noise."""
-    captions = [row["caption"] for row in rows]
-    for row, picture in zip(rows, generator.draw(captions, items, seed, **draw)):
-        put_picture(row, picture)
-
-
-def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12, batch=16):
+def judged(captioner, generator, images, captions, item, log_p, seed, draws, batch):
     """What both models say of n candidates, one image (3, H, W) and n captions or n images and one
-    caption: {score: (n,)}, their standard errors, and those of the differences to the best.
+    caption: their rows, with standard errors, and those of the differences to the best.
 
-    log_p (n,): log-likelihoods; the generator's noises are those of cycle.noises. A candidate whose
-    loss is no number has scores of nan, and no part in those of the others.
+    log_p (n,): log-likelihoods, or None; the generator's noises are those of cycle.noises. A
+    candidate whose loss is no number has no scores, and no part in those of the others.
     """
+    n = max(len(images), len(captions))
+    said = list(captions) * (n // len(captions))
+    if log_p is None:
+        log_p = cycle.read(captioner, list(images) * (n // len(images)), said)
     timesteps, noise = cycle.noises(generator, draws, seed, item)
     parts = []
-    for i in range(0, max(len(images), len(captions)), batch):
+    for i in range(0, n, batch):
         some = images if len(images) == 1 else images[i:i + batch]
-        said = captions if len(captions) == 1 else captions[i:i + batch]
-        parts.append(losses.score(generator, some, said, timesteps, noise, batch,
+        texts = captions if len(captions) == 1 else captions[i:i + batch]
+        parts.append(losses.score(generator, some, texts, timesteps, noise, batch,
                                   empty=len(images) > 1))
     loss = torch.cat(parts, 1)                                         # (draws, n)
     mean, error = losses.mean_and_error(loss)
@@ -167,7 +147,7 @@ def judged(captioner, generator, images, captions, item, log_p, seed=0, draws=12
         best = loss[:, [int(scores[name].nan_to_num(-torch.inf).argmax())]]
         errors[name] = error / spread
         gaps[name] = losses.mean_and_error(loss - best)[1] / spread
-    return scores, errors, gaps
+    return rows_of(said, scores=scores, errors=errors, gaps=gaps)
 
 
 def likelihoods(captioner, captions, log_p):
@@ -179,41 +159,46 @@ def likelihoods(captioner, captions, log_p):
     return found
 
 
-def rows_of_talk(talk, captioner):
-    """The rows of each item of a conversation."""
-    groups = []
-    for b, captions in enumerate(talk.captions):
-        scores = {name: score[b] for name, score in talk.scores.items()}
-        scores |= likelihoods(captioner, captions, talk.likelihood[b])
-        groups.append(rows_of(captions, talk.images[b], scores))
+def talked(conversation, captioner, generator, asked, n, likeness, seed, items, speak, draw, given):
+    """The rows of each item of a conversation of cycle.py. Items whose candidates exist come one by
+    one, as they may have any number each."""
+    groups, step = [], 1 if given else len(items)
+    for start in range(0, len(items), step):
+        some = slice(start, start + step)
+        talk = conversation(captioner, generator, asked[some], n, likeness, seed, items[some],
+                            speak, draw, given and given[some])
+        for b, captions in enumerate(talk.captions):
+            scores = {name: score[b] for name, score in talk.scores.items()}
+            scores |= likelihoods(captioner, captions, talk.likelihood[b])
+            groups.append(put_pictures(rows_of(captions, scores=scores), talk.images[b]))
     return groups
 
 
-def rows_of(captions, pictures, scores, errors=None, gaps=None):
-    """n candidates -> n rows; numbers to six digits, nan as None."""
+def rows_of(captions, **columns):
+    """n candidates -> n rows; columns: scores, errors, gaps, {name: (n,)} each."""
     rows = []
-    for caption, picture in zip(captions, pictures):
-        row = {"caption": caption, "picture": None, "scores": {}, "errors": {}, "gaps": {}}
-        if picture is not None:
-            put_picture(row, picture)
-        rows.append(row)
-    for kind, columns in (("scores", scores), ("errors", errors), ("gaps", gaps)):
-        for name, values in (columns or {}).items():
+    for caption in captions:
+        rows.append({"caption": caption, "picture": None, "scores": {}, "errors": {}, "gaps": {}})
+    for kind, found in columns.items():
+        for name, values in found.items():
             put(rows, name, values, kind)
     return rows
 
 
 def put(rows, name, values, kind="scores"):
-    """Values (n,) into the rows, as `name` of their `kind`."""
+    """Values (n,) into the rows, as `name` of their `kind`: to six digits, nan as None."""
     for row, value in zip(rows, values):
         row[kind][name] = None if math.isnan(value) else round(float(value), 6)
 
 
-def put_picture(row, picture):
-    """A picture (3, H, W) into its row; in place of one that is not finite, the mark `nan`."""
-    row["picture"] = picture if bool(picture.isfinite().all()) else None
-    if row["picture"] is None:
-        row["nan"] = True
+def put_pictures(rows, pictures):
+    """The rows with pictures (3, H, W); in place of one that is not finite, the mark `nan`."""
+    for row, picture in zip(rows, pictures):
+        if picture.isfinite().all():
+            row["picture"] = picture
+        else:
+            row["nan"] = True
+    return rows
 
 
 # ---------------------------------------------------------------- kept in a file
@@ -253,21 +238,19 @@ def save_picture(row, name, out):
 
 def draw_later(rows, generator, seed, draw, out):
     """Draws lines of candidates.jsonl that were not drawn, and saves the pictures."""
-    draw_rows(rows, [row["item"] for row in rows], generator, seed, draw)
-    for row in rows:
+    captions = [row["caption"] for row in rows]
+    items = [row["item"] for row in rows]
+    for row in put_pictures(rows, generator.draw(captions, items, seed, **draw)):
         if row["picture"] is not None:
             save_picture(row, data.picture_name(row["item"], row["candidate"]), out)
 
 
-def finished(out, n, sources=None):
-    """Items of candidates.jsonl: ({item: its rows}, as many as each line says (`of`; else n); the
-    same of those that are others now).
-
-    sources: {item: its inputs.Source}. An item that lacks some, or a picture, is done again, as is
-    one that is another now. ValueError for rows that no run has written.
-    """
+def groups_in(out, sources=None):
+    """{item: its rows} of candidates.jsonl; of one that was done again the last. ValueError for
+    rows that no run has written. sources: {item: its inputs.Source}, whose pictures may lie out of
+    the folder."""
     path = out / "candidates.jsonl"
-    found = {}
+    groups = {}
     for number, row in enumerate(records.read_rows(path), 1):
         known = ()
         if sources:                              # of an item not asked for nothing is shown
@@ -275,31 +258,21 @@ def finished(out, n, sources=None):
             known = source.pictures if source else [row.get("picture")]
         check_row(row, out, f"{path}, line {number}", known)
         if row["candidate"] == 0:                # an item's lines are written at once, in order
-            found[row["item"]] = []
-        rows = found.setdefault(row["item"], [])
+            groups[row["item"]] = []
+        rows = groups.setdefault(row["item"], [])
         if row["candidate"] != len(rows):
             raise ValueError(f"{path}, line {number}: it was to be candidate {len(rows)}")
         rows.append(row)
-    done, stale = {}, {}
-    for item, rows in found.items():
-        gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
-        if gone or len(rows) != rows[0].get("of", n):
-            records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
-        elif sources and item in sources and not sources[item].made(rows, path):
-            records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
-            stale[item] = rows
-        else:
-            done[item] = rows
-    return done, stale
+    return groups
 
 
 def check_row(row, out, where, known=()):
     """Raises ValueError for a line that no run has written: what it names is read and shown. known:
     pictures that may lie out of the folder."""
-    for name in ("item", "caption", "input"):
+    for name in ("item", "caption", "input", "direction"):
         the(row, name, str, where)
     the(row, "candidate", int, where)
-    if the(row, "direction", str, where) not in RANKS:
+    if row["direction"] not in RANKS:
         raise ValueError(f"{where}: its direction is none of {', '.join(RANKS)}")
     picture = the(row, "picture", (str, type(None)), where)
     if picture and picture not in known:
@@ -313,11 +286,36 @@ def check_row(row, out, where, known=()):
         raise ValueError(f"{where}: it has no scores")
 
 
+def finished(out, n, sources=None):
+    """Items of candidates.jsonl: ({item: its rows}, as many as each line says (`of`; else n); the
+    same of those that are others now). An item that lacks some, or a picture, is done again, as is
+    one that is another now. sources: as of groups_in."""
+    done, stale = {}, {}
+    for item, rows in groups_in(out, sources).items():
+        gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
+        if gone or len(rows) != rows[0].get("of", n):
+            records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
+        elif sources and item in sources and not sources[item].made(rows, out / "candidates.jsonl"):
+            records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
+            stale[item] = rows
+        else:
+            done[item] = rows
+    return done, stale
+
+
 # ---------------------------------------------------------------- ranks
 def score_of(row, name):
     """A row's score as a number to rank by: a missing one comes last."""
     score = row["scores"].get(name)
     return -math.inf if score is None else score
+
+
+def score_names(groups):
+    """The names of all scores of {item: rows}, in their order."""
+    names = {}
+    for rows in groups.values():
+        names |= dict.fromkeys(rows[0]["scores"])
+    return list(names)
 
 
 def default_score(rows, direction, by=None):
@@ -343,55 +341,57 @@ def rank(groups):
                 row["rank"][name] = place
 
 
+# ---------------------------------------------------------------- what a choice is worth
+def rankings(groups, notes):
+    """What metrics.choices ranks by, {score: [of each item the values of its rows]}, of {item:
+    rows}. Adds to `notes` what lacks a score."""
+    found = {}
+    for name in score_names(groups):
+        values = []
+        for rows in groups.values():
+            values.append([score_of(row, name) for row in rows])
+        missing = sum(row.count(-math.inf) for row in values)
+        if min(map(max, values)) == -math.inf:
+            notes.append(f"no choice by {name}: some items have no such score")
+            continue
+        if missing:
+            notes.append(f"{missing} candidates without {name} come last by it")
+        found[name] = values
+    return found
+
+
 # ---------------------------------------------------------------- why the first wins
-def behind(rows, by):
-    """[(place, how far it lies behind the first, the standard error of that or None)] of the others
-    that have a score; the second has place 2. rows: best first."""
-    out, first = [], rows[0]["scores"].get(by)
-    for place, row in enumerate(rows[1:], 2):
-        if row["scores"].get(by) is not None:
-            out.append((place, first - row["scores"][by], row.get("gaps", {}).get(by)))
-    return out
-
-
-def tied(rows, by):
-    """The places of those that are as good as the first, within the error of the difference."""
-    return {place for place, apart, error in behind(rows, by) if apart <= (error or 0)}
-
-
-def reason(rows, by):
-    """Why the first wins, in words."""
-    if rows[0]["scores"].get(by) is None:
-        return f"no winner, as no candidate has a score by {by}"
-    others, ties, said = behind(rows, by), tied(rows, by), []
-    equal = [place for place, apart, _ in others if apart == 0]
-    near = [x for x in others if x[0] in ties and x[0] not in equal]
-    beyond = [x for x in others if x[0] not in ties]
+def with_reason(rows, by):
+    """The rows, which are best first; in the first `why` it wins, in all others with a score
+    `behind`: how far, and the standard error of that or None, and `tie`: it is as good, within that
+    error."""
+    first, *others = rows = [dict(row) for row in rows]
+    best = first["scores"].get(by)
+    equal, near, beyond = [], [], []
+    for place, row in enumerate(others, 2):
+        if row["scores"].get(by) is None:
+            continue
+        apart, error = row["behind"] = best - row["scores"][by], row.get("gaps", {}).get(by)
+        row["tie"] = apart <= (error or 0)
+        kind = beyond
+        if row["tie"]:
+            kind = near if apart else equal
+        kind.append((place, apart, error))
+    said = []
     if equal:
         said.append(f"equal to {listed(equal)}, a tie")
-    if near:
-        _, apart, error = near[0]
-        places = listed([place for place, *_ in near])
-        said.append(f"+{apart:.3f}, within its error of {error:.3f}: a tie with {places}")
-    if beyond:
-        place, apart, error = beyond[0]
-        error = "" if error is None else f", beyond its error of {error:.3f}"
-        said.append(f"+{apart:.3f} before {place}{error}")
-    return "; ".join(said) or "the only one that has a score"
+    for _, apart, error in near[:1]:
+        said.append(f"+{apart:.3f}, within its error of {error:.3f}: a tie with {listed(near)}")
+    for place, apart, error in beyond[:1]:
+        sure = "" if error is None else f", beyond its error of {error:.3f}"
+        said.append(f"+{apart:.3f} before {place}{sure}")
+    first["why"] = "; ".join(said) or "the only one that has a score"
+    if best is None:
+        first["why"] = f"no winner, as no candidate has a score by {by}"
+    return rows
 
 
 def listed(places):
-    """Numbers as words: 2, 3 and 5."""
-    *most, last = map(str, places)
+    """The numbers of places as words: 2, 3 and 5."""
+    *most, last = [str(place) for place, *_ in places]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def with_reason(rows, by):
-    """The rows, which are best first; in the first `why` it wins, in those that are as good as it
-    `tie`, and in all others with a score `behind`: how far, and the standard error of that."""
-    out = [dict(row) for row in rows]
-    out[0]["why"] = reason(rows, by)
-    for place, apart, error in behind(rows, by):
-        out[place - 1]["behind"] = apart, error
-        out[place - 1]["tie"] = apart <= (error or 0)
-    return out

@@ -101,9 +101,8 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
         noises_of = [(item, j) for item in items for j in range(n)]
         drawn = generator.draw(texts, items=noises_of, seed=seed, **draw or {})  # (B n, 3, H, W)
         pictures = drawn.unflatten(0, (len(captions), n))
-    else:
-        n = len(pictures[0])
-        drawn = [picture for row in pictures for picture in row]
+    n = len(pictures[0])
+    drawn = [picture for row in pictures for picture in row]
     fine = finite(drawn)                                                        # (B n,)
     seen = [picture.nan_to_num(0, 1, 0) for picture in drawn]
     heard, likelihood = captioner.speak(seen, 1, **{"way": "beam"} | (speak or {}))

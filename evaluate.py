@@ -364,7 +364,7 @@ def main(args):
     devices.tune_process(args.captioner, args.generator)
     device, _ = devices.device_and_dtype(args.device)
     if args.job == "findings":
-        args.data, args.split, args.judges = tables.made_of(
+        args.data, args.split, args.judges, items = tables.made_of(
             args.findings, args.data, args.split, args.judges)
     binds = {name: str(getattr(args, name)) for name in JOBS[args.job] if name not in FREE}
     if args.job == "set":
@@ -395,7 +395,7 @@ def main(args):
             notes.append("the miniature's generator knows no photographs: say --generator sd14")
         results = label_free(items, captions, generator, args.draws, args.seed, args.batch, notes)
     elif args.job == "findings":
-        results = tables.findings(args.findings, args.data, args.split, *with_notes, args.glove)
+        results = tables.findings(args.findings, items, *with_notes, args.glove)
         args.out.mkdir(parents=True, exist_ok=True)
         try:
             tables.plot(results["findings"], args.out / "figure.png")

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import unicodedata
 from collections import Counter
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from xml.sax.saxutils import unescape
 
@@ -399,22 +399,26 @@ def paired(a, b, statistic=np.mean, draws=1000, seed=0):
 
 
 def choices(quality, ranking):
-    """What ranking N candidates by a score is worth (Tables 1, 2; Figures 3, 4).
+    """What ranking candidates by a score is worth (Tables 1, 2; Figures 3, 4).
 
-    quality, ranking: (items, N), higher = better; equal rankings keep the candidates' order.
-    Returns mean (of a random candidate), chosen, oracle, gain (chosen - mean) with its 95 %
-    interval over items, and by_rank (N,).
+    quality, ranking: of each item those of its candidates (n,), of any number, higher = better;
+    equal rankings keep the candidates' order. Returns mean (of a random candidate), chosen, oracle,
+    gain (chosen - mean) with its 95 % interval over items, and by_rank (the most n,).
     """
-    quality = np.asarray(quality, np.float64)
-    order = np.argsort(-np.asarray(ranking, np.float64), 1, kind="stable")
-    ranked = np.take_along_axis(quality, order, 1)
-    gain = ranked[:, 0] - quality.mean(1)
+    ranked, mean = [], []
+    for values, scores in zip(quality, ranking):
+        order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+        ranked.append(np.asarray(values, np.float64)[order])
+        mean.append(np.mean(values))
+    chosen = np.array([values[0] for values in ranked])
+    gain = chosen - mean
+    by_rank = np.array([*zip_longest(*ranked, fillvalue=np.nan)])
     return {
-        "mean": quality.mean(),
-        "chosen": ranked[:, 0].mean(),
-        "oracle": quality.max(1).mean(),
+        "mean": np.mean(mean),
+        "chosen": chosen.mean(),
+        "oracle": np.mean([*map(max, ranked)]),
         "gain": gain.mean(),
         "interval": interval(gain),
-        "by_rank": ranked.mean(0).tolist(),
-        "items": len(quality),
+        "by_rank": np.nanmean(by_rank, 1).tolist(),
+        "items": len(ranked),
     }

@@ -24,11 +24,9 @@ import losses
 import metrics
 import page
 import records
-from best_of_n import IMAGE, TEXT, best_first, score_of, tied, with_reason
-from records import the
+from best_of_n import FEW, IMAGE, TEXT, best_first, rankings, score_names, score_of, with_reason
 
 PRINTED = 6                                      # items whose candidates are printed
-FEW = 30                                         # items below which no interval is to be trusted
 # words that datasets takes, in the small letters of a file's name, for the split the file is in
 SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?)(?![^\W\d_])"
 
@@ -40,15 +38,19 @@ def recall_words(rows, out):
     path = out / "words.jsonl"
     for number, row in enumerate(records.read_rows(path), 1):
         where = f"{path}, line {number}"
-        for word in the(row, "words", list, where):
+        for word in records.the(row, "words", list, where):
             kinds = [type(part) for part in word] if isinstance(word, list) else []
             if kinds != [str, float, float]:
                 raise ValueError(f"{where}: expected words [word, number, number]")
-        picture = the(row, "picture", (str, type(None)), where)
-        known[the(row, "item", str, where), the(row, "caption", str, where), picture] = row["words"]
+        known[explained(row)] = row["words"]
     for row in rows:
-        row["words"] = known.get((row["item"], row["caption"], row["picture"]))
+        row["words"] = known.get(explained(row))
     return [row for row in rows if row["words"] is None]
+
+
+def explained(row):
+    """What the words of a row hang on."""
+    return str([row.get(name) for name in ("item", "caption", "picture")])
 
 
 def explain(rows, generator, draws, seed, batch, out):
@@ -71,7 +73,7 @@ def explain(rows, generator, draws, seed, batch, out):
 
 # ---------------------------------------------------------------- for a spreadsheet
 def write_table(ordered, by, path):
-    """candidates.csv: a line a candidate, best first; `tie`: as good as the best, within the error.
+    """candidates.csv: a line a candidate, best first. ordered: the rows of with_reason.
 
     In UTF-8 with its mark, which spreadsheets need. They take a cell that begins with = + - @ for a
     formula: such a text gets a ' before it; a number does not.
@@ -79,26 +81,17 @@ def write_table(ordered, by, path):
     names = ("item", "input", "caption", "picture")
     columns = ["rank", "tie", *names, *score_names(ordered), f"error of {by}", f"gap of {by}"]
     text = io.StringIO()
-    table = csv.DictWriter(text, columns)
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for rows in ordered.values():
-        ties = tied(rows, by)
         for place, row in enumerate(rows, 1):
             cells = {name: plain(row[name] or "") for name in names} | row["scores"]
             cells["rank"] = place
-            cells["tie"] = "tie" if place in ties else ""
+            cells["tie"] = "tie" if row.get("tie") else ""
             cells[f"error of {by}"] = row.get("errors", {}).get(by)
             cells[f"gap of {by}"] = row.get("gaps", {}).get(by)
             table.writerow(cells)
-    records.write_text(path, "\ufeff" + records.visible(text.getvalue().replace("\r\n", "\n")))
-
-
-def score_names(groups):
-    """The names of all scores of some rows, in their order."""
-    names = {}
-    for rows in groups.values():
-        names |= dict.fromkeys(rows[0]["scores"])
-    return list(names)
+    records.write_text(path, "\ufeff" + records.visible(text.getvalue()))
 
 
 def plain(text):
@@ -114,9 +107,12 @@ def write_winners(ordered, by, out):
     ranking is overwritten."""
     folder = out / "winners"
     table = folder / "metadata.jsonl"
-    rows = records.read_rows(table)
-    before = {Path(records.the(row, "file_name", str, table)).name for row in rows}
-    used, written, changed, without = set(), [], 0, 0
+    before = {}                                  # {picture's name: its caption, as it is by now}
+    for row in records.read_rows(table):
+        path = folder / Path(records.the(row, "file_name", str, table)).name
+        beside = path.with_suffix(".txt")
+        before[path.name] = beside.read_bytes() if beside.exists() else None
+    used, written, changed = set(), [], 0
     with records.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for best, *_ in ordered.values():
@@ -124,29 +120,25 @@ def write_winners(ordered, by, out):
         if best["direction"] == IMAGE:
             source, text = Path(best["input"]), best["caption"]
         if best["scores"].get(by) is None or not source.exists():
-            without += 1
             continue
         stem = free_name(source.stem if best["direction"] == IMAGE else text, used)
         name = stem + source.suffix.lower()
         with records.writing(folder / name):
             shutil.copyfile(source, folder / name)
-        beside = folder / f"{stem}.txt"
-        if name in before and beside.exists():
-            old = beside.read_text(encoding="utf-8", errors="replace")
-            changed += old != text + "\n"
-        records.write_text(beside, records.visible(text) + "\n")
+        said = records.visible(text) + "\n"
+        changed += before.pop(name, None) not in (None, said.encode(errors="backslashreplace"))
+        records.write_text(folder / f"{stem}.txt", said)
         written.append({"file_name": name, "text": text})
-    gone = before - {row["file_name"] for row in written}
-    for name in gone:
+    for name in before:
         (folder / name).unlink(missing_ok=True)
         (folder / name).with_suffix(".txt").unlink(missing_ok=True)
     records.write_rows(table, written)
     line = f"{len(written)} winners are in {folder}"
-    if without:
-        line += f"; {without} items have none"
-    if changed or gone:
-        line += (f"; of those that were there, {changed} had another caption, and {len(gone)} are "
-                 "removed")
+    if len(written) < len(ordered):
+        line += f"; {len(ordered) - len(written)} items have none"
+    if changed or before:
+        line += (f"; of those that were there, {changed} had another caption, and {len(before)} "
+                 "are removed")
     return line
 
 
@@ -163,20 +155,17 @@ def free_name(text, used):
 
 
 # ---------------------------------------------------------------- pairs of preferences
-def write_pairs(kind, groups, by, margin, folder):
+def write_pairs(groups, by, margin, folder):
     """Writes preference pairs into `folder` and returns the line to say about them. A pair is every
     two different candidates of an item whose scores `by` lie more than `margin` apart; nearer ones
     are ties. The order of candidates changes nothing. groups: {item: rows of candidates.jsonl}.
 
-    trl: pairs.jsonl, rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them for
-    vision-language models. diffusion: pairs.parquet, columns caption, jpg_0, jpg_1 (encoded
+    Of captions: pairs.jsonl, rows {images, prompt, chosen, rejected} as TRL's DPOTrainer takes them
+    for vision-language models. Of pictures: pairs.parquet, columns caption, jpg_0, jpg_1 (encoded
     pictures), label_0, label_1, as Diffusion-DPO reads Pick-a-Pic.
     """
-    direction = next(iter(groups.values()))[0]["direction"]
-    if (kind == "trl") != (direction == IMAGE):
-        raise ValueError(f"--pairs {kind}: trl compares captions of a picture, diffusion pictures "
-                         "of a sentence")
-    content = "caption" if kind == "trl" else "picture"
+    captions = next(iter(groups.values()))[0]["direction"] == IMAGE
+    content = "caption" if captions else "picture"
     rows, ties, equal, without = [], 0, 0, 0
     for candidates in groups.values():
         scored = [row for row in candidates if row["scores"].get(by) is not None]
@@ -189,10 +178,15 @@ def write_pairs(kind, groups, by, margin, folder):
             if gap <= margin:
                 ties += 1
                 continue
-            pair = trl_pair(better, worse) if kind == "trl" else dpo_pair(better, worse, folder)
+            if captions:
+                pair = trl_pair(better, worse)
+            else:
+                one, other = ((folder / row["picture"]).read_bytes() for row in (better, worse))
+                pair = {"caption": better["input"], "jpg_0": one, "jpg_1": other, "label_0": 1.0,
+                        "label_1": 0.0}
             rows.append(pair | {"margin": gap})
-    path = folder / ("pairs.jsonl" if kind == "trl" else "pairs.parquet")
-    if kind == "trl":
+    path = folder / ("pairs.jsonl" if captions else "pairs.parquet")
+    if captions:
         records.write_rows(path, rows)
     elif rows:
         write_parquet(path, rows)
@@ -212,12 +206,6 @@ def trl_pair(better, worse):
             "chosen": answers[0], "rejected": answers[1]}
 
 
-def dpo_pair(better, worse, folder):
-    first, second = ((folder / row["picture"]).read_bytes() for row in (better, worse))
-    return {"caption": better["input"], "jpg_0": first, "jpg_1": second, "label_0": 1.0,
-            "label_1": 0.0}
-
-
 def write_parquet(path, rows):
     try:
         import pyarrow
@@ -233,15 +221,21 @@ def show(found, ordered, by, note, warning, undrawn, out):
     first items, and how many winners there are. found: of inputs.py; note, warning, undrawn: as of
     page.py."""
     picture = found.direction == IMAGE
+    ordered = {name: with_reason(rows, by) for name, rows in ordered.items()}
     shown, best = [], {}
     for item in found.items:
         if item.name in ordered:
-            rows = with_reason(ordered[item.name], by)
+            rows = ordered[item.name]
             shown.append((item.name, item.path, "" if picture else item.captions[0], rows))
-            best[item.name] = {"caption": rows[0]["caption"], "picture": rows[0]["picture"],
-                               "by": by, "score": rows[0]["scores"].get(by),
-                               "why": rows[0]["why"]}
-    best = {name: row for name, row in best.items() if row["score"] is not None}
+            first = rows[0]
+            if first["scores"].get(by) is not None:
+                best[item.name] = {
+                    "caption": first["caption"],
+                    "picture": first["picture"],
+                    "by": by,
+                    "score": first["scores"][by],
+                    "why": first["why"],
+                }
     say_if_other(out / "best.json", by)
     records.write_json(out / "best.json", best)
     write_table(ordered, by, out / "candidates.csv")
@@ -268,14 +262,9 @@ def show(found, ordered, by, note, warning, undrawn, out):
 
 def say_if_other(path, by):
     """Where best.json is of an earlier ranking by another score, says so."""
-    found = records.load_json(path) if path.exists() else {}
-    name = next(iter(found), None) if isinstance(found, dict) else path
-    before = by
-    if name is not None:
-        row = records.the(found, name, dict, path)
-        before = records.the(row, "by", str, path)
-    if before != by:
-        print(f"ranked by {by}, before by {before}: best.json, candidates.csv, sheet, page and "
+    before = re.search(r'"by": "(\w+)"', records.read_text(path)) if path.exists() else None
+    if before and before[1] != by:
+        print(f"ranked by {by}, before by {before[1]}: best.json, candidates.csv, sheet, page and "
               f"winners of {path.parent} are written anew")
 
 
@@ -283,31 +272,22 @@ def show_worth(groups, items, by, whole=()):
     """Of captions with references, prints 100 x CIDEr of a random one, of the one that each score
     chooses, of the best; and whether what `by` gains is more than chance. whole: the items of the
     set, whose captions weigh n-grams, as in evaluate.py; default those of `items`."""
-    references = {item.name: item.captions for item in items if len(item.captions) > 1}
-    groups = {name: groups[name] for name in references if name in groups}
-    if len(groups) == 1:
+    some = [x for x in items if len(x.captions) > 1 and x.name in groups]
+    if len(some) == 1:
         print("CIDEr of one picture is 0 by its definition: two or more show what the choice is "
               "worth")
-    if len(groups) < 2:
+    if len(some) < 2:
         return
-    most = max(map(len, groups.values()))
-    captions, scores = [], {}
-    for rows in groups.values():
-        fill = most - len(rows)                  # an item may have fewer than others
-        said = [row["caption"] for row in rows]
-        captions.append(said + said[:1] * fill)
-        for name in rows[0]["scores"]:
-            values = [score_of(row, name) for row in rows]
-            scores.setdefault(name, []).append(values + [-np.inf] * fill)
-    # a judge that was absent for a while has scored some items only
-    scores = {name: values for name, values in scores.items()
-              if len(values) == len(groups) and np.isfinite(values).any()}
+    groups = {x.name: groups[x.name] for x in some}
+    captions, references = [], []
+    for item in some:
+        captions += [row["caption"] for row in groups[item.name]]
+        references += [item.captions] * len(groups[item.name])
     df = metrics.document_frequency([x.captions for x in whole or items if x.captions])
-    quality = metrics.caption_quality(captions, [references[name] for name in groups], df)
-    for values, rows in zip(quality, groups.values()):
-        n = len(rows)
-        values[n:] = values[:n].mean()           # neither mean, nor oracle, nor choice moves
-    for name, ranking in scores.items():
+    ends = np.cumsum([len(rows) for rows in groups.values()])
+    quality = np.split(100 * metrics.cider(captions, references, df), ends[:-1])
+    notes = []
+    for name, ranking in rankings(groups, notes).items():
         found = metrics.choices(quality, ranking)
         low, high = found["interval"]
         print(f"CIDEr of {len(groups)} items by {name:11s} mean {found['mean']:6.1f}   chosen "
@@ -317,14 +297,16 @@ def show_worth(groups, items, by, whole=()):
             verdict = "the choice helps" if low > 0 else "the choice harms"
             if low <= 0 <= high or len(groups) < FEW:
                 verdict = f"{len(groups)} items do not tell whether the choice helps"
-    if by in scores:
-        print(f"By {by}: {verdict} (95 % interval of the gain over a random candidate)")
+            notes.append(f"By {by}: {verdict} (95 % interval of the gain over a random candidate)")
+    for note in notes:
+        print(note)
 
 
 def counted(groups):
     """How many candidates the items have, as words."""
-    counts = sorted({len(rows) for rows in groups.values()})
-    return f"N = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}"
+    counts = [len(rows) for rows in groups.values()]
+    most = max(counts)
+    return f"N = {most}" if min(counts) == most else f"N = {min(counts)} to {most}"
 
 
 def some(names):
@@ -351,9 +333,7 @@ def odd(groups, given, by, generator, absent):
     if without:
         yield (f"{len(without)} candidates have no score by {by} and can't win (of {some(without)}"
                f"; generator {generator!r})")
-    unread = 0
-    for name in given.keys() & groups.keys():
-        unread += len(given[name]) - len(groups[name])
+    unread = sum(len(given.get(name, rows)) - len(rows) for name, rows in groups.items())
     if unread:
         yield f"{unread} of the given pictures could not be read: they are not ranked"
     best = [first for first, *_ in groups.values()]

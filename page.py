@@ -79,11 +79,6 @@ def frame(path, side):
     return ImageOps.pad(image, (side, side), method, "white")
 
 
-def drawn(row, path):
-    """The picture of a candidate, which lies beside `path`, or None."""
-    return path.parent / row["picture"] if row["picture"] else None
-
-
 def said(row, name):
     """A score as it is printed."""
     score = row["scores"].get(name)
@@ -129,12 +124,13 @@ def sheet(groups, by, path, side=136, most=6, warning="", undrawn=""):
         else:
             write(pen, 20, y + 34, words, "black", 13, 17, 9)
         x = 24 + across
+        lines = []
         for place, row in enumerate(rows, 1):
             if place == 1 or row["picture"]:
                 post(canvas, pen, x, y + 24, place, row, by, path, side, undrawn)
                 x += across
-        lines = [f"{place}.  {ranking(row, by)}  {row['caption']}"
-                 for place, row in enumerate(rows, 1) if place > 1 and not row["picture"]]
+            else:
+                lines.append(f"{place}.  {ranking(row, by)}  {row['caption']}")
         if len(lines) > 14:
             lines[13:] = [f"... and {len(lines) - 13} more"]
         for i, line in enumerate(lines):
@@ -145,29 +141,27 @@ def sheet(groups, by, path, side=136, most=6, warning="", undrawn=""):
 
 def post(canvas, pen, x, y, place, row, by, path, side, undrawn):
     """A candidate with its picture and scores, at (x, y) of the sheet."""
-    picture = drawn(row, path)
-    colour = GREY
-    if picture:
-        canvas.paste(frame(picture, side), (x, y))
+    if row["picture"]:
+        canvas.paste(frame(path.parent / row["picture"], side), (x, y))
     else:
         write(pen, x + 8, y + 10, LOST if row.get("nan") else undrawn, GREY, 11, 19)
+    colour = GREY
     if place == 1:
         colour = BROWN
         pen.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), outline=GOLD, width=4)
     below = y + side + 6
-    write(pen, x, below, f"{place}.  {said(row, by)}", colour)
-    for part in PARTS.get(by, ()):
+    for name in (by, *PARTS.get(by, ())):
+        number = f"{place}.  " if name == by else ""
+        write(pen, x, below, number + said(row, name), colour)
         below += 14
-        write(pen, x, below, said(row, part), colour)
-    write(pen, x, below + 16, row["caption"])
+    write(pen, x, below + 2, row["caption"])
 
 
 def write(pen, x, y, words, colour="black", size=11, width=23, lines=4):
     """Words from (x, y) on, wrapped after `width` letters, the first `lines` of them."""
+    text = textwrap.fill(visible(words), width, max_lines=lines, placeholder=" ...")
     font = ImageFont.load_default(size)
-    for line in textwrap.wrap(visible(words), width, max_lines=lines, placeholder=" ..."):
-        pen.text((x, y), line, colour, font)
-        y += size + 3
+    pen.text((x, y), text, colour, font, spacing=3)
 
 
 # ---------------------------------------------------------------- the page
@@ -222,17 +216,17 @@ def card(place, row, by, path, picture, undrawn):
     parts = PARTS.get(by, ())
     names = [*parts, *(name for name in row["scores"] if name not in (by, *parts))]
     scores = [f"<b>{escape(ranking(row, by))}</b>", *(escape(said(row, name)) for name in names)]
-    image = embedded(drawn(row, path))
-    if not image and (place == 1 or row.get("nan")):
+    image = ""
+    if row["picture"]:
+        image = embedded(path.parent / row["picture"])
+    elif place == 1 or row.get("nan"):
         image = f"<small>{LOST if row.get('nan') else escape(undrawn)}</small>"
     return (f"<figure{kind}>{image}<b>{place}.</b> {caption}{label}"
             f"<small>{'<br>'.join(scores)}</small></figure>")
 
 
 def embedded(picture, side=192):
-    """A picture file as an <img> that holds its bytes; nothing where there is none."""
-    if picture is None:
-        return ""
+    """A picture file as an <img> that holds its bytes."""
     buffer = io.BytesIO()
     frame(picture, side).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()

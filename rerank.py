@@ -414,7 +414,7 @@ def main(args):
     absent = "not drawn: --draw does it" if args.steps else ""
     outputs.show(found, ordered, by, note, warning, absent, out)
     if args.pairs:
-        print(outputs.write_pairs(args.pairs, groups, by, args.margin, out))
+        print(outputs.write_pairs(groups, by, args.margin, out))
     for line in outputs.odd(ordered, found.given, by, args.generator, absent):
         print(line)
     print(f"{len(groups)} of {len(items)} inputs done, {len(items) - len(groups)} skipped; look at "

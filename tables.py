@@ -13,9 +13,8 @@ pictures.py and records.py.
 """
 import functools
 import math
-from collections import Counter
+import re
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 
@@ -23,12 +22,12 @@ import data
 import judges
 import metrics
 import records
-from best_of_n import check_row
+from best_of_n import FEW, IMAGE, groups_in, rankings
 
 CAPTIONS = ("B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE", "WMD", "CLIP", "SBERT")
 WITH_PICTURES = ("CLIPScore", "RefCLIPScore")
-IMAGE = "image-text-image"                                      # a direction of rerank.py
 CHOICE = ("mean", "chosen", "oracle", "gain", "percent")
+GAINS = {"b - a", "gain"}                                       # printed with their sign
 PICTURES = ("CLIP", "DINO", "FID", "IS", "FD-DINO")
 HUNDRED = {"B@1", "B@2", "B@3", "B@4", "CIDEr", "SPICE"}        # papers print these x 100
 OF_SETS = {"FID", "IS", "FD-DINO"}                              # of two pictures or more
@@ -186,8 +185,8 @@ def document_frequency(items):
 
 
 def made_of(folder, root, split, place):
-    """(set, split, judges) of a rerank's folder, by its settings.json; ValueError where root or
-    split, as given, are others, or where it was made of no set."""
+    """(set, split, judges, items) of a rerank's folder, by its settings.json, or as given;
+    ValueError where it was made of no set, or of another one than the given."""
     if not (folder / "candidates.jsonl").exists():
         raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
                          "first, with --data")
@@ -197,92 +196,62 @@ def made_of(folder, root, split, place):
     if name in (None, "None"):
         raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
                          "have no references")
-    if root and Path(root).name != Path(name).name:
-        raise ValueError(f"{folder} was made of {name}, not of --data {root}")
-    if split and split != part:
-        raise ValueError(f"{folder} was made of split {part}, not of --split {split}")
-    return root or name, None if part == "None" else part, place or settings.get("judges", "none")
-
-
-def groups_of(path, items, root, split):
-    """{item's name: its rows} of candidates.jsonl, as many of each. ValueError where one is not of
-    these items."""
-    known = {x.name: x for x in items}
-    groups = {}
-    for number, row in enumerate(records.read_rows(path), 1):
-        check_row(row, path.parent, f"{path}, line {number}")
-        item = known.get(row["item"])
-        given = row["input"]
-        if row["direction"] == IMAGE:
-            same = item and Path(given).name == item.path.name
-        else:
-            same = item and item.captions[:1] == [given]
-        if not same:
-            raise ValueError(f"{path}: item {row['item']}, made of {given!r}, is not in {root}, "
-                             f"split {split}: name the set by --data")
-        groups.setdefault(item.name, []).append(row)
-    sizes = Counter(map(len, groups.values()))
-    if len(sizes) > 1:
-        raise ValueError(f"{path} has more candidates of some items: run rerank.py again")
-    return groups
-
-
-def complete(rows):
-    """Whether an item has candidates, and, of a text, all their pictures."""
-    return bool(rows) and (rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows))
-
-
-def findings(folder, root, split, place, device, notes, glove=None):
-    """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
-    {"metric by score": {domain: row}}, and their direction. root, split: the set it was made of."""
-    path = folder / "candidates.jsonl"
+    root, split = root or name, split or (None if part == "None" else part)
     items = data.read(root, split)
-    content = records.load_json(folder / "settings.json").get("content")
-    if content not in (None, data.content_of(items)):
-        raise ValueError(f"{folder} was made of another {root}, split {split}: its names or "
-                         "captions have changed since")
-    groups = groups_of(path, items, root, split)
-    chosen = [x for x in items if x.captions and complete(groups.get(x.name, []))]
-    if len(chosen) < len(groups):
-        notes.append(f"{len(groups) - len(chosen)} of {len(groups)} items are left out: they have "
-                     "no references, or pictures that are no numbers")
+    if settings.get("content") != data.content_of(items):
+        raise ValueError(f"{folder} was made of {name}, split {part}; {root}, split {split}, has "
+                         "other names or captions: give --data and --split of that set")
+    return root, split, place or settings.get("judges", "none"), items
+
+
+def findings(folder, items, place, device, notes, glove=None):
+    """What choosing among a rerank's candidates by each score is worth in each metric, by domain:
+    {"metric by score": {domain: row}}, and their direction. items: of the set it was made of."""
+    found = groups_in(folder)
+    chosen = [x for x in items if x.captions and complete(found.get(x.name))]
+    if len(chosen) < len(found):
+        notes.append(f"{len(found) - len(chosen)} of {len(found)} items are left out: they have "
+                     "no references, too few candidates, or pictures that are no numbers")
     if len(chosen) < 2:
         raise ValueError(f"fewer than two items of {folder} have references: nothing to average")
-    rows = list(chain(*(groups[x.name] for x in chosen)))      # n of each item, item by item
-    shape = len(chosen), len(rows) // len(chosen)
-    owners = np.repeat(chosen, shape[1])
+    groups = {x.name: found[x.name] for x in chosen}
+    rows = list(chain(*groups.values()))
+    owners = [x for x in chosen for _ in groups[x.name]]       # whose each row is
     direction = rows[0]["direction"]
     if direction == IMAGE:
         captions = [row["caption"] for row in rows]
         references = [x.captions for x in owners]
         df = document_frequency(items)
-        candidates = np.reshape(captions, shape).tolist()
-        quality = {"CIDEr": metrics.caption_quality(candidates, references[::shape[1]], df)}
+        quality = {"CIDEr": 100 * metrics.cider(captions, references, df)}
         quality |= likenesses(captions, references, place, device, notes, glove)
     else:
         files = [folder / row["picture"] for row in rows]
         paths = [x.path for x in owners]
         quality = picture_likenesses(files, paths, place, device, notes)
+    ends = np.cumsum([len(group) for group in groups.values()])
     out = {}
-    for by in rows[0]["scores"]:
-        ranking = np.array([row["scores"].get(by) for row in rows], float).reshape(shape)
-        missing = np.isnan(ranking)
-        if missing.all(1).any():
-            notes.append(f"no choice by {by}: some items have no such score")
-            continue
-        if missing.any():
-            notes.append(f"{missing.sum()} candidates without {by} come last by it")
-            ranking[missing] = -np.inf
+    for by, ranking in rankings(groups, notes).items():
         for metric, values in quality.items():
-            out[f"{metric} by {by}"] = choices(values.reshape(shape), ranking, chosen)
+            each = np.split(values, ends[:-1])                 # of each item (n,)
+            out[f"{metric} by {by}"] = choices(each, ranking, chosen)
+    for domain, some in by_domain(chosen).items():
+        if len(some) < FEW:
+            notes.append(f"{domain}: {len(some)} items do not tell whether the choice helps")
     return {"findings": out, "direction": direction}
+
+
+def complete(rows):
+    """Whether an item has all its candidates, and, of a text, all their pictures."""
+    if not rows or len(rows) < rows[0].get("of", 0):
+        return False
+    return rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows)
 
 
 def choices(quality, ranking, items):
     """{domain: metrics.choices, and its gain in per cent of the mean}."""
     out = {}
     for domain, some in by_domain(items).items():
-        row = metrics.choices(quality[some], ranking[some])
+        row = metrics.choices([quality[i] for i in some], [ranking[i] for i in some])
         row["percent"] = 100 * row["gain"] / (abs(row["mean"]) or math.nan)
         out[domain] = row
     return out
@@ -322,9 +291,8 @@ def rows_of(items, scores, names, ci=False):
         out[domain] = {"n": len(rows)} | dict.fromkeys(names)
         for name, values in scores.items():
             if len(rows) > 1 or name not in OF_SETS:
-                out[domain][name] = score_of(name, values[rows])
-                if ci:
-                    out[domain][name] = with_interval(name, values[rows])
+                of_some = with_interval if ci else score_of
+                out[domain][name] = of_some(name, values[rows])
     return out
 
 
@@ -351,10 +319,14 @@ def with_interval(name, values):
 
 
 def text(title, rows, names):
-    """Rows as a table of columns."""
+    """Rows as a table of columns. The metric of a number, and so its digits, is the column's name,
+    or what its row's name begins with."""
     grid = [[title, "n", *names]]
     for name, row in rows.items():
-        cells = [cell(c, row[c]) for c in names]
+        metric = re.split(",| by ", name)[0]
+        cells = []
+        for column in names:
+            cells.append(cell(row[column], {metric, column}))
         grid.append([name, str(row["n"]), *cells])
     widths = [max(map(len, column)) for column in zip(*grid)]
     lines = []
@@ -364,36 +336,34 @@ def text(title, rows, names):
     return "\n".join(lines)
 
 
-def signed(name, row):
-    """A row of metrics.paired as strings, by the digits of its metric: {column: text}."""
-    digits = 1 if name.partition(",")[0] in HUNDRED else 3
+def cell(value, names):
+    """A number, or one with its interval, by the names of its metric and column."""
+    if value is None or isinstance(value, str):
+        return value or "-"
+    digits = 1 if HUNDRED & names else 3
+    sign = "+" if GAINS & names else ""
+    numbers = value.values() if isinstance(value, dict) else [value]
+    one, *ends = [f"{x:{sign}.{digits}f}" for x in numbers]
+    return f"{one} [{', '.join(ends)}]" if ends else one
+
+
+def with_gain(row, column, gain):
+    """A row of metrics.paired or choices, as `text` takes it."""
     low, high = row["interval"]
-    gain = f"{row['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return {"n": row["items"], "a": f"{row['a']:.{digits}f}", "b": f"{row['b']:.{digits}f}",
-            "b - a": gain, "p": f"{row['p']:.3f}"}
-
-
-def cell(name, value):
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    digits = 1 if name in HUNDRED else 3
-    if isinstance(value, dict):
-        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*value.values(), d=digits)
-    return f"{value:.{digits}f}"
+    return row | {"n": row["items"], column: {"value": gain, "low": low, "high": high}}
 
 
 def report(results):
     """All of an evaluation's results as text."""
     texts = []
-    if "captions" in results:
-        names = [name for name in results["captions"]["all"] if name != "n"]
-        texts.append(text("captions", results["captions"], names))
-    if "images" in results:
-        texts.append(text("pictures", results["images"], PICTURES))
+    for key, title in (("captions", "captions"), ("images", "pictures")):
+        if key in results:
+            names = [name for name in results[key]["all"] if name != "n"]
+            texts.append(text(title, results[key], names))
     if "compare" in results:
-        rows = {name: signed(name, row) for name, row in results["compare"].items()}
+        rows = {}
+        for name, row in results["compare"].items():
+            rows[name] = with_gain(row, "b - a", row["difference"]) | {"p": f"{row['p']:.3f}"}
         texts.append(text("captions", rows, ("a", "b", "b - a", "p")))
     if "label_free" in results:
         found = results["label_free"]
@@ -401,12 +371,10 @@ def report(results):
             texts.append(f"{x['score']:+.4f} +- {x['error']:.4f}  {x['item']}: {x['caption']}")
         texts.append("mean of {n} images, {draws} draws each ({score}): {mean:+.4f} "
                      "[{low:+.4f}, {high:+.4f}]".format(**found))
-    choice = {}
-    for name, domains in results.get("findings", {}).items():
-        for domain, row in domains.items():
-            low, high = row["interval"]
-            gain = {"value": row["gain"], "low": low, "high": high}
-            choice[f"{name}, {domain}"] = row | {"n": row["items"], "gain": gain}
-    if choice:
-        texts.append(text("choice", choice, CHOICE))
+    if results.get("findings"):
+        rows = {}
+        for name, domains in results["findings"].items():
+            for domain, row in domains.items():
+                rows[f"{name}, {domain}"] = with_gain(row, "gain", row["gain"])
+        texts.append(text("choice", rows, CHOICE))
     return "\n".join(texts)

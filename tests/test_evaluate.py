@@ -413,6 +413,8 @@ def plant(folder, items, made="miniature nocaps"):
     records.write_rows(folder / "candidates.jsonl", rows)
     name, _, split = made.rpartition(" ")
     settings = {"data": name or "None", "split": split, "judges": "miniature"}
+    if name == "miniature":
+        settings["content"] = data.content_of(data.read(name, split))
     write(folder / "settings.json", settings)
 
 
@@ -440,6 +442,29 @@ def test_findings_of_a_planted_ranking(tmp_path):
     assert Image.open(tmp_path / "out/figure.png").width > 600
 
 
+def test_findings_where_items_have_different_numbers(tmp_path):
+    """Against CIDEr by hand; an item that a kill has cut is left out, and few items are told."""
+    items = data.read("miniature", "test")
+    plant(tmp_path, items[:4], "miniature test")
+    rows = records.read_rows(tmp_path / "candidates.jsonl")
+    rows = [row | {"of": 3} for row in rows[:4]] + [row | {"of": 3} for row in rows[6:]]
+    rows += [row | {"item": items[4].name, "of": 1} for row in rows[-3:-2]]
+    records.write_rows(tmp_path / "candidates.jsonl", rows)
+    results = run(tmp_path / "out", "--findings", tmp_path)
+    assert "1 of 5 items are left out" in " ".join(results["notes"])
+    assert "all: 4 items do not tell whether the choice helps" in results["notes"]
+    found = results["findings"]["CIDEr by good"]["all"]
+    df = metrics.document_frequency([x.captions for x in items])
+    mean, chosen = [], []
+    for item, said in zip(items[:5], (rows[:3], [], rows[4:7], rows[7:10], rows[10:])):
+        scores = [float(metrics.cider([r["caption"]], [item.captions], df)[0]) for r in said]
+        mean += [sum(scores) / len(scores)] if said else []
+        chosen += [scores[min(1, len(said) - 1)]] if said else []    # `good` prefers the second
+    assert found["mean"] == pytest.approx(100 * sum(mean) / 4)
+    assert found["chosen"] == pytest.approx(100 * sum(chosen) / 4) and found["items"] == 4
+    assert "[" in (tmp_path / "out/table.txt").read_text()
+
+
 def test_rerank_prints_the_findings(tmp_path, capsys):
     """Both weigh n-grams by all of the split, of which four items were reranked."""
     found = inputs.from_set("miniature", "test", "image", 4)
@@ -451,7 +476,7 @@ def test_rerank_prints_the_findings(tmp_path, capsys):
     for whole in (found.whole, found.items):
         outputs.show_worth(groups, found.items, "good", whole)
         said.append(capsys.readouterr().out)
-    rows = tables.findings(tmp_path, "miniature", "test", "none", "cpu", [])["findings"]
+    rows = tables.findings(tmp_path, found.whole, "none", "cpu", [])["findings"]
     assert {"CIDEr by good", "CIDEr by bad"} <= set(rows)
     for domains in rows.values():
         row = "mean {mean:6.1f}   chosen {chosen:6.1f}   oracle {oracle:6.1f}".format(**domains["all"])
@@ -460,22 +485,23 @@ def test_rerank_prints_the_findings(tmp_path, capsys):
 
 def test_findings_know_what_they_are_of(tmp_path):
     """Splits share their ids: another one than the rerank's would give other numbers, silently."""
-    test, val = data.read("miniature", "test")[:4], data.read("miniature", "val")[100 - 4:]
+    test = data.read("miniature", "test")[:4]
     assert {x.name for x in data.read("miniature", "nocaps")} > {x.name for x in test}
     plant(tmp_path, test, "miniature test")
     found = run(tmp_path / "out", "--findings", tmp_path)
     assert found["settings"]["split"] == "test"
     assert found["findings"]["CIDEr by good"]["all"]["chosen"] > 100
-    for argv, reason in ((["--split", "nocaps"], "was made of split test, not of --split nocaps"),
-                         (["--data", "data/coco"], "was made of miniature, not of --data data/c"),
+    for argv, reason in ((["--split", "nocaps"], "made of miniature, split test; miniature, split nocaps"),
+                         (["--data", "data/coco"], "no data set at data/coco"),
                          (["--limit", 3], "--limit does nothing with --findings")):
         with pytest.raises(ValueError, match=reason):
             run(tmp_path / "out", "--findings", tmp_path, *argv)
-    later = {"data": "miniature", "split": "test", "judges": "miniature"}
-    write(tmp_path / "settings.json", later)
-    assert run(tmp_path / "out", "--findings", tmp_path)["findings"] == found["findings"]
-    plant(tmp_path, test + val, "miniature test")    # what is in there, whatever settings say
-    with pytest.raises(ValueError, match="is not in miniature, split test"):
+    moved = tmp_path / "elsewhere"               # the same set by another name
+    shutil.copytree(data.SETS["miniature"], moved)
+    assert run(tmp_path / "out", "--findings", tmp_path, "--data", moved)["findings"] == found["findings"]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    write(tmp_path / "settings.json", settings | {"content": "another"})
+    with pytest.raises(ValueError, match="has other names or captions"):
         run(tmp_path / "out", "--findings", tmp_path)
     plant(tmp_path, test, "None")
     with pytest.raises(ValueError, match="pictures or sentences by themselves"):

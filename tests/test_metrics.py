@@ -388,6 +388,9 @@ def test_choices_by_hand():
     # equal scores keep the candidates' order; the gains are 1 and 0
     assert c["by_rank"] == [(3 + 5) / 2, (1 + 4) / 2, (2 + 6) / 2]
     assert c["interval"] == (0, 1) and c["items"] == 2
+    c = metrics.choices([[1, 2, 3], [6]], [[0, 0, 9], [0]])          # of any number each
+    assert (c["mean"], c["chosen"], c["oracle"], c["gain"]) == (4, 4.5, 4.5, .5)
+    assert c["by_rank"] == [(3 + 6) / 2, 1, 2] and c["interval"] == (0, 1)
 
 
 def test_the_interval_covers():

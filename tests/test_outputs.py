@@ -3,7 +3,6 @@ import csv
 import json
 
 import datasets
-import pytest
 from PIL import Image
 
 import best_of_n
@@ -22,11 +21,11 @@ def test_preference_pairs_of_captions_load_as_trl_wants_them(tmp_path):
     groups = candidates(scores)
     for r in groups["x"]:
         r["input"] = str(tmp_path / "x.png")
-    said = outputs.write_pairs("trl", groups, "clip", .05, tmp_path)
+    said = outputs.write_pairs(groups, "clip", .05, tmp_path)
     text = (tmp_path / "pairs.jsonl").read_text()
     assert said.startswith("2 preference pairs") and "1 ties" in said          # c - a is a tie
     assert said.endswith("1 candidates equal to another one, 1 without a score")
-    outputs.write_pairs("trl", {"x": groups["x"][::-1]}, "clip", .05, tmp_path)
+    outputs.write_pairs({"x": groups["x"][::-1]}, "clip", .05, tmp_path)
     assert (tmp_path / "pairs.jsonl").read_text() == text               # order is nothing
     found = datasets.load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train",
                                   cache_dir=str(tmp_path / "cache")).cast_column(
@@ -46,15 +45,13 @@ def test_preference_pairs_of_pictures_load_as_diffusion_dpo_wants_them(tmp_path)
     for i in range(3):
         Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
     groups = candidates([("0.png", .1), ("1.png", .3), ("2.png", .3)], "picture", "text-image-text")
-    said = outputs.write_pairs("diffusion", groups, "clip", 0, tmp_path)
+    said = outputs.write_pairs(groups, "clip", 0, tmp_path)
     assert said.startswith("2 preference pairs") and "1 ties" in said
     found = datasets.load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"),
                                   split="train", cache_dir=str(tmp_path / "cache"))
     assert {"caption", "jpg_0", "jpg_1", "label_0", "label_1"} <= set(found.column_names)
     sizes = {tuple(Image.open(io.BytesIO(r[f"jpg_{i}"])).width for i in (0, 1)) for r in found}
     assert sizes == {(5, 4), (6, 4)} and all(r["label_0"] == 1 and r["label_1"] == 0 for r in found)
-    with pytest.raises(ValueError, match="trl compares captions"):
-        outputs.write_pairs("trl", groups, "clip", 0, tmp_path)
 
 
 # ---------------------------------------------------------------- for people
@@ -69,7 +66,8 @@ def test_the_table_is_no_formula(tmp_path):
     """As csv reads it; a cell of letters that a spreadsheet would compute begins with a quote."""
     rows = [row("=a.png", "+1 \"red\", hoop", 2.5, 1), row("=a.png", "@SUM(A1)", 2.25, 0, gap=.3),
             row("=a.png", "-2+3", None, 2)]
-    outputs.write_table({"=a.png": rows}, "both", tmp_path / "x.csv")
+    ordered = {"=a.png": best_of_n.with_reason(rows, "both")}
+    outputs.write_table(ordered, "both", tmp_path / "x.csv")
     assert (tmp_path / "x.csv").read_bytes().startswith(b"\xef\xbb\xbfrank,tie,item")
     with open(tmp_path / "x.csv", encoding="utf-8-sig", newline="") as file:
         found = list(csv.DictReader(file))
@@ -158,6 +156,18 @@ def test_worth_where_items_have_different_numbers(capsys):
     assert said.splitlines()[-1].startswith("By both: 2 items do not tell")
     outputs.show_worth({"a": groups["a"]}, items, "both")
     assert "CIDEr of one picture is 0 by its definition" in capsys.readouterr().out
+
+
+def test_a_score_that_some_items_lack_does_not_choose():
+    groups = {}
+    for i in range(3):
+        groups[i] = [{"scores": {"a": 1, "b": None if i else 2, "c": 1}},
+                     {"scores": {"a": 2, "b": None, "c": 2 if i else None}}]
+    notes = []
+    found = best_of_n.rankings(groups, notes)
+    assert found["a"] == [[1, 2]] * 3 and found["c"][0] == [1, float("-inf")] and "b" not in found
+    assert notes == ["no choice by b: some items have no such score",
+                     "1 candidates without c come last by it"]
 
 
 def test_reasons_in_words():
