@@ -38,6 +38,8 @@ def recall_words(rows, out):
     path = out / "words.jsonl"
     for number, row in enumerate(records.read_rows(path), 1):
         where = f"{path}, line {number}"
+        for name in ("item", "caption"):
+            records.the(row, name, str, where)
         for word in records.the(row, "words", list, where):
             kinds = [type(part) for part in word] if isinstance(word, list) else []
             if kinds != [str, float, float]:
@@ -262,10 +264,12 @@ def show(found, ordered, by, note, warning, undrawn, out):
 
 def say_if_other(path, by):
     """Where best.json is of an earlier ranking by another score, says so."""
-    before = re.search(r'"by": "(\w+)"', records.read_text(path)) if path.exists() else None
-    if before and before[1] != by:
-        print(f"ranked by {by}, before by {before[1]}: best.json, candidates.csv, sheet, page and "
-              f"winners of {path.parent} are written anew")
+    before = [by]
+    if path.exists():
+        before = re.findall(r'"by": "(\w+)"', records.read_text(path)) or ["none"]
+    if before[0] != by:
+        print(f"ranked by {by}, before by {before[0]}: {path}, candidates.csv, sheet, page and "
+              "winners are written anew")
 
 
 def show_worth(groups, items, by, whole=()):

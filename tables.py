@@ -242,7 +242,7 @@ def findings(folder, items, place, device, notes, glove=None):
 
 def complete(rows):
     """Whether an item has all its candidates, and, of a text, all their pictures."""
-    if not rows or len(rows) < rows[0].get("of", 0):
+    if not rows or len(rows) != rows[0].get("of", len(rows)):
         return False
     return rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows)
 

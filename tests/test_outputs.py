@@ -191,3 +191,7 @@ def test_best_json_says_who_ranked_before(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     outputs.say_if_other(tmp_path / "best.json", "both")
     assert capsys.readouterr().out.startswith("ranked by both, before by clip")
+    (tmp_path / "best.json").write_text("[]")    # by hand
+    outputs.say_if_other(tmp_path / "best.json", "clip")
+    said = capsys.readouterr().out
+    assert said.startswith(f"ranked by clip, before by none: {tmp_path / 'best.json'}, ")
