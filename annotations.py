@@ -44,7 +44,7 @@ def rows_in(path):
         rows = karpathy(found, path)
     elif isinstance(found, dict):
         for name, said in found.items():
-            where = f"{path}, image {name}"
+            where = f"{path}, image {ascii(name)[:80]}"
             rows.append(Row(name, captions_of(said, where), where))
     if not rows:
         raise ValueError(f"{path}: expected [{{image_id, caption}}, ...], COCO annotations, "

@@ -13,6 +13,7 @@ Copy this file with annotations.py, cycle.py, data.py, losses.py, pictures.py an
 Letters: B items, n candidates of each, H W pixels.
 """
 import math
+import os
 
 import torch
 
@@ -292,7 +293,8 @@ def finished(out, n, sources=None):
     one that is another now. sources: as of groups_in."""
     done, stale = {}, {}
     for item, rows in groups_in(out, sources).items():
-        gone = [x["picture"] for x in rows if x["picture"] and not (out / x["picture"]).exists()]
+        named = [x["picture"] for x in rows if x["picture"]]
+        gone = [name for name in named if not os.path.exists(out / name)]
         if gone or len(rows) != rows[0].get("of", n):
             records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
         elif sources and item in sources and not sources[item].made(rows, out / "candidates.jsonl"):
@@ -322,7 +324,7 @@ def default_score(rows, direction, by=None):
     """The score that ranks: `by`, else that of RANKS, else the first. ValueError for no score."""
     names = rows[0]["scores"]
     if by and by not in names:
-        raise ValueError(f"no score {by!r}: there are {', '.join(names)}")
+        raise ValueError(f"--by {by}: there are {', '.join(names)}")
     return next(name for name in (by, RANKS[direction], "denoise", *names) if name in names)
 
 

@@ -132,7 +132,7 @@ def begun(out, settings, content):
 def check_same(out, before, now):
     """ValueError where what a checkpoint is made of is not what was typed. Nothing of it is
     followed: somebody else may have written it."""
-    other = [f"{key} was {ascii(before.get(key))[:80]}, is {value!r}"
+    other = [f"{key} was {ascii(before.get(key))[:200]}, is {value!r}"
              for key, value in now.items() if before.get(key) != value]
     if other:
         raise ValueError(f"{out} was trained otherwise ({'; '.join(other)}): type the same, or "

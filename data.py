@@ -39,6 +39,7 @@ PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "v
          "dev": "val", "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
 HELD = 10                                        # of a folder without PARTS, one in so many is held
 RUNS = ("candidates.jsonl", "results.json")      # what a folder of our own work holds
+real_folder = functools.cache(os.path.realpath)
 LEAVE = False                                    # whether pictures may lie out of their set
 
 
@@ -95,18 +96,16 @@ def content_of(items):
     return digest([[item.name, item.path and item.path.name, item.captions] for item in items])
 
 
-@functools.cache
-def real_folder(folder):
-    return os.path.realpath(folder)
-
-
 def inside(path, root, where, ours=False):
     """The path, if it stays in a folder when links are followed; else ValueError, which begins with
     `where`, unless LEAVE allows it. ours: of a folder that our scripts write, it never does."""
     here = os.getcwd()
-    real = os.path.join(real_folder(os.path.join(here, path.parent)), path.name)
-    if os.path.islink(path) or path.name == "..":
-        real = os.path.realpath(path)
+    try:
+        real = os.path.join(real_folder(os.path.join(here, path.parent)), path.name)
+        if os.path.islink(path) or path.name == "..":
+            real = os.path.realpath(path)
+    except ValueError as e:                      # half of a pair, or NUL
+        raise ValueError(f"{where}: {ascii(str(path))[:200]} is no path") from e
     allowed = LEAVE and not ours
     if not allowed and not Path(real).is_relative_to(real_folder(os.path.join(here, root))):
         remedy = "" if ours else ": --anywhere allows that, if you trust the file"
@@ -282,12 +281,10 @@ def state(path, md5):
     """Whether a file of a public set is there, and the right one."""
     if not path.exists():
         return "unpacked" if path.with_suffix("").is_dir() else "missing"
-    if md5 is None:
-        return "here"
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
-    if found == md5:
-        return "here, its MD5 is right"
+    if md5 in (None, found):
+        return "here"
     return f"wrong or cut, its MD5 is {found}: if this does not mend it, delete it first"
 
 

@@ -10,7 +10,6 @@ records.py; the miniature is for `toys`.
 import functools
 import os
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -349,25 +348,18 @@ def strange(found):
     return " and ".join(said)
 
 
-def toys(captioner, generator, found, line):
+def toys(captioner, generator, found):
     """(what to say of the miniature beside any result, what to warn of): "" where it isn't used,
-    and where it knows what it was given. line: the arguments that were typed."""
+    and where it knows what it was given."""
     small = [kind for kind, name in (("captioner", captioner), ("generator", generator))
              if name == "miniature"]
     if not small:
         return "", ""
     who = " and ".join(small)
     unknown = strange(found)
-    real = ["python", "rerank.py"]
-    words = []
-    for word in line:                            # --flag=value is two of them
-        words += word.split("=", 1) if word.startswith("--") else [word]
-    for flag, word in zip(["", *words], words):
-        if not {flag, word} & {"--captioner", "--generator", "--ckpt", "--judges"}:
-            real.append(f"{word}-real" if flag == "--out" else word)      # a folder of its own
-    real += ["--captioner", "vitb", "--generator", "sd14"]
     warning = (f"TOY MODELS: the {who} of the miniature know small drawn shapes in "
                f"{len(VOCABULARY)} words, and do not know {unknown}: what comes of it means "
-               f"nothing. Real models: {shlex.join(real)}")
+               "nothing. Real models: the same command with --captioner vitb --generator sd14, and "
+               "another --out")
     note = f"Toy models here: the {who}, of a small drawn world (miniature/README.md)."
     return note, warning if unknown else ""

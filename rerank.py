@@ -20,7 +20,6 @@ another --by ranks anew without redoing anything. Under torchrun every process t
 import script  # isort: skip
 import functools
 import itertools
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,7 +48,6 @@ WRITTEN = ("candidates.jsonl", "candidates.csv", "best.json", "sheet.png", "inde
 
 
 def flags(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     p = script.Parser(__doc__)
     p.add_argument("inputs", nargs="*", help="pictures, folders, sentences, or a .txt or .json")
     p.add_argument("-n", "--n", type=whole(1, 10_000),
@@ -99,7 +97,6 @@ def flags(argv=None):
     p.add_argument("--out", type=Path, help="folder for what comes out; default out/rerank, or "
                    "out/rerank-2 ... where that holds a run of other settings")
     args = p.parse_args(argv)
-    args.line = argv
     args.typed = script.typed(p, args)
     data.LEAVE = args.anywhere
     return complete(args)
@@ -322,16 +319,6 @@ def tell(found, done):
         print(f"{len(done) - old} earlier items stay in candidates.jsonl; all else is of this run")
 
 
-def choose(groups, by, wanted, direction):
-    """(the score that ranks, {item: its rows, best first}). ValueError where there is none such."""
-    names = outputs.score_names(groups)
-    usual = (best_of_n.RANKS[direction], "denoise", *wanted)
-    by = by or next(name for name in usual if name in names)
-    if by not in names:
-        raise ValueError(f"--by {by}: this run has {', '.join(names)}")
-    return by, {name: best_first(rows, by) for name, rows in groups.items()}
-
-
 def main(args):
     process, processes = records.rank_and_world()
     devices.tune_process(args.captioner, args.generator)
@@ -395,7 +382,9 @@ def main(args):
 
     # 3) all of it once more, ranked and in the order of the inputs
     best_of_n.rank(done)
-    by, ordered = choose(groups, args.by, wanted, direction)
+    names = [{"scores": best_of_n.score_names(groups)}]
+    by = best_of_n.default_score(names, direction, args.by)
+    ordered = {name: best_first(rows, by) for name, rows in groups.items()}
     best = [rows[0] for rows in ordered.values() if rows[0]["scores"].get(by) is not None]
     undrawn = [row for row in best if not row["picture"] and "nan" not in row]
 
@@ -408,7 +397,7 @@ def main(args):
     new = outputs.recall_words(best, out) if args.words else []
     if new:
         outputs.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)
-    home, warning = inputs.toys(args.captioner, args.generator, found, args.line)
+    home, warning = inputs.toys(args.captioner, args.generator, found)
     note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
     absent = "not drawn: --draw does it" if args.steps else ""

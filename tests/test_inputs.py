@@ -153,9 +153,9 @@ def test_the_miniature_knows_its_own():
                 assert set(caption.split()) <= inputs.VOCABULARY
     for turn in ("image", "text"):
         found = inputs.from_set("miniature", "test", turn, 20)
-        note, warning = inputs.toys("miniature", "miniature", found, [])
+        note, warning = inputs.toys("miniature", "miniature", found)
         assert "Toy models" in note and warning == ""
-        assert inputs.toys("vitb", "sd14", found, []) == ("", "")
+        assert inputs.toys("vitb", "sd14", found) == ("", "")
 
 
 def test_of_others_it_says_so(here):
@@ -163,9 +163,9 @@ def test_of_others_it_says_so(here):
     assert inputs.strange(photo) == "1 of 2 pictures, not of their set (a.png)"
     assert inputs.strange(inputs.from_arguments(["A red ring, on the sand!"])) == ""
     assert inputs.strange(inputs.from_arguments(["a red cat"])) == "1 words (cat)"
-    note, warning = inputs.toys("vitb", "miniature", photo, ["a b.png", "--out", "x", "-n", "3"])
+    note, warning = inputs.toys("vitb", "miniature", photo)
     assert warning.startswith("TOY MODELS: the generator of the miniature") and "captioner" not in note
-    assert warning.endswith("python rerank.py 'a b.png' --out x-real -n 3 --captioner vitb --generator sd14")
+    assert warning.endswith("the same command with --captioner vitb --generator sd14, and another --out")
 
 
 def test_cocos_results_are_candidates_of_a_set(tmp_path):

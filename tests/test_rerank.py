@@ -503,7 +503,7 @@ def test_captions_of_a_file(tmp_path, capsys):
     assert sum(r["picture"] is not None for r in found) == 2               # the winners
     assert "N = 1 to 3" in (out / "index.html").read_text()
     said = capsys.readouterr()
-    assert "TOY MODELS" in said.out and f"--out {out}-real --captioner vitb" in said.out
+    assert "TOY MODELS" in said.out and "the same command with --captioner vitb" in said.out
     file.write_text(json.dumps(mine | {"1.png": ["a yellow ball"]}))
     assert rank("--captions", file, "--steps", 3, out=out) == 0
     assert "1 of 2 already done" in capsys.readouterr().out

@@ -10,24 +10,26 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import fork
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("inputs", "kills", "together", "torchrun", "long", "properties")
-SHARE = {"inputs": 25, "kills": 1, "together": 1, "properties": 4}       # as `rows` says
+SHARE = {"inputs": 25, "kills": 1, "together": 1}          # as `rows` says
 SEED = 20
+EXAMPLES = 400                                   # of a property, by conftest.py
 
 
 def rows(part, place, share, words):
     """Yields (name, how many were tried, "well" or what is wrong, detail) of a part."""
     import bad_inputs
     import kills
-    import properties
     import together
     import trial
     some = SHARE.get(part) if share else None
@@ -50,9 +52,16 @@ def rows(part, place, share, words):
         for name, verdict, detail in getattr(together, part)(case):
             yield name, 1, verdict, detail
     elif part == "properties":
-        finished = trial.prepare(place, ("done", "worded", "trained"))
-        for name, tried, detail in properties.properties(finished, place / "p", some or 400, SEED):
-            yield name, tried, "broken" if detail else "well", detail
+        yield from properties(place / "found.xml")
+
+
+def properties(path):
+    """The tests of test_properties.py, each of its many examples."""
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "test_properties.py"), "--hypothesis-profile=hard", f"--junitxml={path}"]
+    subprocess.run(command, cwd=HERE.parent.parent, stdout=subprocess.DEVNULL)
+    for test in ElementTree.parse(path).iter("testcase"):
+        wrong = [x.get("message") for x in test if x.tag in ("failure", "error")]
+        yield f"property: {test.get('name')}", EXAMPLES, "broken" if wrong else "well", "; ".join(wrong)
 
 
 def run(parts, share=False, words=(), log=print):
@@ -98,7 +107,7 @@ def write(found, seconds, how="in one go"):
         f"Written by suite.py, which `make test-hard` runs ({seconds / 60:.0f} minutes on {os.cpu_count()} hyperthreads, {how}).",
         "What is tried: bad inputs (bad_inputs.py), runs that are killed, stopped or out of disk at each of their",
         "file operations, of those that are alike at the first (kills.py), two runs at once and torchrun",
-        "(together.py), and what must hold of any input (properties.py). `make test` runs a share.", "",
+        "(together.py), and what must hold of any input (test_properties.py). `make test` runs a share.", "",
         *table(found), "",
         "tried: runs; rows: cases that differ, of each the worst. well: refused in one line that names the file,",
         "flag or value; or named, and the rest done; or taken, rightly; after a kill the same files to the last",
