@@ -12,18 +12,25 @@ before the one that predicts a caption's first token (BLIP: [DEC] a picture of -
 
 Copy this file alone: it needs torch and two fast `transformers` tokenizers.
 
+    python bridge.py --source bert/ --target clip/ "a skateboarder's dog"   # or the miniature's
+
+prints which pieces each slot of the prompt is tied to.
+
 Letters: B captions; L positions of the captioner, T slots of the text encoder; V, U words of the
 captioner and the generator; H, D widths of captioner and text encoder; N = B L; C of V at once.
 """
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+HERE = Path(__file__).resolve().parent
 NOWHERE = (0, 0)                       # a place in a text, from and to, that overlaps with no other
 END = (1_000_000, 1_000_001)           # the end of every caption, behind its text
+SENTENCE = "a huge pink square below an orange heart on fresh snow"
 
 
 # ---------------------------------------------------------------- the idea: two ways across
@@ -357,3 +364,38 @@ def in_a_row(pieces, target):
             slots = slots[:-1]
         align[b, slots, places[:len(slots)]] = 1
     return prompt, align
+
+
+# ---------------------------------------------------------------- what it does to a sentence
+def ties(sentence, source, target):
+    """A line for each slot of a sentence's prompt: its token, and the pieces it is tied to."""
+    layout = make_layout([sentence], source, target, special_id(source, "sep", "eos"))
+    slots = target.convert_ids_to_tokens(layout.target[0].tolist())
+    pieces = source.convert_ids_to_tokens(layout.source[0].tolist())
+    for i, (slot, row) in enumerate(zip(slots, layout.align[0].tolist())):
+        tied = [f"{piece} {share:.2g}" for piece, share in zip(pieces, row) if share]
+        if tied or i == 0:                       # the rest is padding
+            yield f"{i:4}  {slot:18}{' + '.join(tied)}"
+
+
+def flags(cli, argv=None):
+    cli.add_argument("sentence", nargs="?", default=SENTENCE, help="what to show")
+    cli.add_argument("--source", default=HERE / "miniature/blip", help="the captioner's")
+    cli.add_argument("--target", default=HERE / "miniature/sd/tokenizer", help="the generator's")
+    return cli.parse_args(argv)
+
+
+def main(args):
+    from transformers import AutoTokenizer
+    tokenizers = []
+    for place in (args.source, args.target):
+        if not Path(place).is_dir() and "/" not in str(place):
+            raise ValueError(f"{place} is neither a directory nor a hub id (owner/name)")
+        tokenizers.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+    print("\n".join(ties(args.sentence, *tokenizers)))
+    return 0
+
+
+if __name__ == "__main__":
+    import script
+    script.run(main, lambda: flags(script.Parser(__doc__)))

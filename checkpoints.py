@@ -11,6 +11,8 @@ somebody else: settings are compared with those that were typed, and nothing els
 import importlib.metadata
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,8 @@ def save(out, step, trained, adam, settings, content):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
     libraries = ("torch", "transformers", "diffusers")
     about = {"step": step, "data": content, "settings": settings,
-             "versions": {name: importlib.metadata.version(name) for name in libraries}}
+             "versions": {name: importlib.metadata.version(name) for name in libraries},
+             "commit": commit()}
     tensors = {}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
@@ -104,8 +107,18 @@ def save(out, step, trained, adam, settings, content):
                          "whole") from e
 
 
+def commit():
+    """The commit of this code, or None."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:                              # there is no git on this machine
+        return None
+    return said.stdout.strip() or None
+
+
 def header(out):
-    """{step, data, settings, versions} of the checkpoint in a folder, or one sentence."""
+    """{step, data, settings, versions, commit} of the checkpoint in a folder, or one sentence."""
     path = out / "checkpoint.safetensors"
     try:
         about = loading.header(path)

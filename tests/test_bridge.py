@@ -8,6 +8,8 @@ import copy
 import json
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 import bridge
+import script
 from captioners import Captioner
 from lab.bench import peak
 from miniature import world
@@ -552,6 +555,35 @@ def test_bad_input_is_told(miniature, encoder):
             "zero": lambda: bridge.soft_embed(h, e, None, e, lay.source, chunk=0)}.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_sentence_from_both_sides(miniature, capsys):
+    assert bridge.main(bridge.flags(script.Parser(""), ["a blue ball"])) == 0
+    out = capsys.readouterr().out.splitlines()
+    own = miniature[1].convert_ids_to_tokens(miniature[1]("a blue ball").input_ids)
+    assert [line.split()[1] for line in out] == own
+    assert out[2].split()[2:] == ["blue", "1"]              # of the slot that is this word
+    with pytest.raises(ValueError, match="nowhere is neither"):
+        bridge.main(bridge.flags(script.Parser(""), ["--source", "nowhere"]))
+
+
+def test_help_needs_no_model_library():
+    code = ("import sys, bridge\nimport script\ntry: bridge.flags(script.Parser(bridge.__doc__), ['--help'])\n"
+            "except SystemExit: print('transformers' in sys.modules)")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
+    assert "python bridge.py" in out and out.endswith("False\n")
+
+
+def test_flags_survive_torchrun(capsys):
+    from torch.distributed.run import get_args_parser
+    with pytest.raises(SystemExit):
+        bridge.flags(script.Parser(""), ["--help"])
+    ours = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    known = [o for a in get_args_parser()._actions for o in a.option_strings]
+    assert ours == {"--source", "--target"} and not [
+        o for o in known for f in ours if o.startswith(f)
+    ]
 
 
 def test_layout_is_what_a_blip2_reads(blip2, generator, images):

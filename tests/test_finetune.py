@@ -208,6 +208,13 @@ def test_what_is_finished_is_left(whole, capsys):
     assert f"{out} has all 2 steps" in capsys.readouterr().out and len(log(out)) == 4
 
 
+def test_without_git_a_checkpoint_is_saved(monkeypatch):
+    found = checkpoints.commit()
+    assert found is None or re.fullmatch("[0-9a-f]{40}", found)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert checkpoints.commit() is None
+
+
 def test_without_a_resource_module(monkeypatch):
     """As on Windows: the module is imported, and says nothing of its memory."""
     monkeypatch.setitem(sys.modules, "resource", None)

@@ -11,7 +11,7 @@ from density import LIBRARIES, count, sources
 
 SCRIPTS = ("rerank", "finetune", "evaluate")
 # what a room may import of its siblings: nothing, so that each can be copied alone; what opens models shares one door
-ROOMS = {"cycle": (), "bridge": (), "losses": (), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
+ROOMS = {"cycle": (), "bridge": ("script",), "losses": (), "metrics": (), "page": ("pictures", "records"), "loading": ("records",), "script": ("records",),
          "records": (), "foreign": (), "devices": (),
          "pictures": (), "data": ("annotations", "pictures", "records", "script"),
          "captioners": ("cycle", "devices", "foreign", "loading"), "generators": ("cycle", "devices", "foreign", "loading"),
@@ -23,7 +23,7 @@ ROOMS = {"cycle": (), "bridge": (), "losses": (), "metrics": (), "page": ("pictu
          "inputs": ("annotations", "best_of_n", "data", "miniature", "records"),
          "outputs": ("best_of_n", "cycle", "data", "losses", "metrics", "page", "records")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
-            "data": "data.py"}
+            "bridge": "bridge.py", "data": "data.py"}
 LINES, FUNCTION, MAIN, DENSITY = 430, 60, 90, 7.0
 
 

@@ -111,9 +111,9 @@ for value in ("-1", "nan"):
 for value in ("0", "-1", "x"):
     case("flags", f"label-free --draws {value}", f"score --labelfree --images set --captions c.json --draws {value}", refused("--draws"),
          {"c.json": {"0": "a ring"}})
-for script in ("rerank", "finetune", "evaluate", "data.py"):
+for script in ("rerank", "finetune", "evaluate", "data.py", "bridge.py"):
     case("flags", f"{script}: an unknown flag", [script, "--nonsense"], refused("--help"))
-    case("flags", f"{script}: a flag without its value", [script, {"data.py": "--root"}.get(script, "--data")], refused("--help"))
+    case("flags", f"{script}: a flag without its value", [script, {"bridge.py": "--source", "data.py": "--root"}.get(script, "--data")], refused("--help"))
 
 # ---------------------------------------------------------------- flags that do nothing here
 MODES = """
