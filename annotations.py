@@ -8,6 +8,7 @@ captions}; rows of any of them as JSON lines. Copy this file with records.py.
 """
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import records
 from records import the
@@ -93,7 +94,7 @@ def karpathy(found, path):
         name = str(the(row, ("cocoid", "imgid"), (int, str), where))
         file = the(row, "filename", str, where, None)
         if file:
-            file = f"{the(row, 'filepath', str, where, '.')}/{file}"
+            file = Path(the(row, "filepath", str, where, ""), file).as_posix()
         split = the(row, "split", str, where, None)
         rows.append(Row(name, captions_of(said, where), where, file, split))
     return rows
