@@ -27,6 +27,7 @@ import records
 HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
        "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
+MODELS = {"clip": "CLIPModel", "dino": "ViTModel", "sbert": "BertModel"}     # of transformers
 PLACES = ("miniature", "hub", "cache", "none")
 NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert")}
 REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
@@ -119,14 +120,9 @@ class Encoder:
         options = options or {"use_safetensors": True, "trust_remote_code": False}
         plain = {k: v for k, v in options.items() if k != "use_safetensors"}
         self.name = name
-        if name == "clip":
-            model = transformers.CLIPModel.from_pretrained(place, **options)
-        elif name == "dino":
+        if name != "clip":
             options = options | {"add_pooling_layer": False}
-            model = transformers.ViTModel.from_pretrained(place, **options)
-        else:
-            options = options | {"add_pooling_layer": False}
-            model = transformers.BertModel.from_pretrained(place, **options)
+        model = getattr(transformers, MODELS[name]).from_pretrained(place, **options)
         self.model = model.float().eval().requires_grad_(False).to(device or "cpu")
         self.kind = kind
         if kind != "image":
