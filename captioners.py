@@ -63,10 +63,9 @@ class Captioner:
         with readable_errors(name, "captioner"):
             import transformers
             kind = transformers.AutoConfig.from_pretrained(place, **local).model_type
-        if kind not in ("blip", "blip-2"):
-            raise ValueError(f"captioner {str(name)!r} is a {kind} model: BLIP and BLIP-2 are "
-                             "known here, another comes in as file.py:function")
-        with readable_errors(name, "captioner"):
+            if kind not in ("blip", "blip-2"):
+                raise ValueError(f"it is a {kind} model: BLIP and BLIP-2 are known here, another "
+                                 "comes in as file.py:function")
             if kind == "blip":
                 model_class, own_class = transformers.BlipForConditionalGeneration, cls
             else:
