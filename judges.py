@@ -11,7 +11,6 @@ experiments. Copy this file with loading.py, metrics.py and records.py: it needs
 and transformers.
 """
 import contextlib
-import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -96,7 +95,7 @@ def likenesses(names, asked, by, kind, place, device, references, glove):
     if glove and not Path(glove).is_file():
         raise ValueError(f"--glove {glove}: no such file")
     if "wmd" in ours and glove:
-        likeness["wmd"] = functools.partial(metrics.movers, glove)
+        likeness["wmd"] = lambda said, texts: metrics.movers(glove, said, texts)
     elif "wmd" in ours:
         absent["wmd"] = "it needs word vectors; give --glove glove.6B.200d.txt"
     for name, reason in absent.items():

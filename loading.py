@@ -126,11 +126,9 @@ def from_cache(repo, error):
         # of its texts the hub's client knows whether they are whole, of weights check_weights
         folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
         parts = parts_of(folder / INDEX) if (folder / INDEX).exists() else {}
-        texts = ["*" + end for end in TEXTS]
-        other = ["*/*"]
-        if parts:
-            texts = [f"{part}/{text}" for part in parts for text in texts]
-            other = [f"{part}/*/*" for part in parts]
+        places = [f"{part}/*" for part in parts] or ["*"]
+        texts = [place + end for place in places for end in TEXTS]
+        other = [place + "/*" for place in places]
         snapshot_download(repo, local_files_only=True, allow_patterns=texts, ignore_patterns=other)
         check_weights(folder)
     except (OSError, ValueError):
@@ -294,10 +292,7 @@ def load_trained(checkpoint, captioner=None, generator=None):
     """
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    try:
-        trained_side = header(path).get("settings", {}).get("side")
-    except ValueError as e:
-        raise ValueError(f"--ckpt {e}") from e
+    trained_side = header(path).get("settings", {}).get("side")
     tensors = load_file(path)
     check_numbers(tensors, f"--ckpt {path}")
     if trained_side is not None and type(trained_side) is not int:
@@ -341,7 +336,7 @@ def header(path):
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("header", "{}")
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: no checkpoint that can be read ({e}); give the --out of "
+        raise ValueError(f"{path}: no checkpoint that can be read ({e}); --ckpt takes the --out of "
                          "finetune.py") from e
     with contextlib.suppress(ValueError):        # no JSON
         about = records.parse(text)
