@@ -63,10 +63,9 @@ class Captioner:
         with readable_errors(name, "captioner"):
             import transformers
             kind = transformers.AutoConfig.from_pretrained(place, **local).model_type
-        if kind not in ("blip", "blip-2"):
-            raise ValueError(f"captioner {str(name)!r} is a {kind} model: BLIP and BLIP-2 are "
-                             "known here, another comes in as file.py:function")
-        with readable_errors(name, "captioner"):
+            if kind not in ("blip", "blip-2"):
+                raise ValueError(f"it is a {kind} model: BLIP and BLIP-2 are known here, another "
+                                 "comes in as file.py:function")
             if kind == "blip":
                 model_class, own_class = transformers.BlipForConditionalGeneration, cls
             else:
@@ -79,10 +78,12 @@ class Captioner:
             return own_class(model, tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
-        known = processor.do_normalize and int(processor.resample) in (2, 3)
-        if not known or processor.image_mean is None:
-            raise ValueError("a captioner's processor that does not normalise, or resizes by other "
-                             "ways than bilinear or bicubic, is not known here")
+        known = processor.do_normalize and processor.image_mean is not None
+        known = known and processor.do_resize and int(processor.resample) in (2, 3)
+        if not known or processor.do_center_crop or not processor.size.height:
+            raise ValueError("its preprocessor_config.json is of no kind known here: a captioner's "
+                             "pictures are resized to a height and a width, bilinearly or "
+                             "bicubically, and normalised, not cut")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.processor = processor
@@ -118,7 +119,6 @@ class Captioner:
         processor = copy.deepcopy(self.processor)
         if self.side:
             processor.size = {"height": self.side, "width": self.side}
-            processor.do_center_crop = False
         processor.save_pretrained(folder)
         self.stock_processor(processor).save_pretrained(folder)
         self.model.save_pretrained(folder)
@@ -129,28 +129,18 @@ class Captioner:
 
     # pixels and tokens in
     def pixels(self, images):
-        """Images as the model sees them: (B, 3, S, S), resized, cut and normalised as the library's
-        processor does, but differentiable: values are clamped to [0, 1], gradients pass (a clamp
-        stops them where a picture saturates)."""
+        """Images as the model sees them: (B, 3, S, S), resized (to `side`, if it is set) and
+        normalised as the library's processor does, but differentiable: values are clamped to
+        [0, 1], gradients pass (a clamp stops them where a picture saturates)."""
+        size = self.processor.size
+        goal = (self.side or size.height, self.side or size.width)
+        mode = "bilinear" if int(self.processor.resample) == 2 else "bicubic"
         wide = torch.promote_types(self.dtype, torch.float32)
-        x = torch.stack([self.resize(image.to(self.device, wide)) for image in images])
+        views = [F.interpolate(image[None].to(self.device, wide), goal, mode=mode, antialias=True)
+                 for image in images]
+        x = torch.cat(views)
         x = x + (x.clamp(0, 1) - x).detach()
         return ((x - self.mean.to(x)) / self.std.to(x)).to(self.dtype)
-
-    def resize(self, image):
-        """One image (3, H, W) in the size that the processor, or `side`, says."""
-        view = self.processor
-        height, width = image.shape[-2:]
-        size = dict(view.size)
-        if self.side:
-            size = {"height": self.side, "width": self.side}
-        if getattr(view, "do_resize", True):
-            goal = resized(size, height, width)
-            mode = "bilinear" if int(view.resample) == 2 else "bicubic"
-            image = F.interpolate(image[None], goal, mode=mode, antialias=True)[0]
-        if getattr(view, "do_center_crop", False) and not self.side:
-            image = center_crop(image, view.crop_size.height, view.crop_size.width)
-        return image
 
     def see(self, images):
         """Vision, once per image: (B, P, D), what the decoder attends to."""
@@ -335,26 +325,3 @@ class Captioner2(Captioner):
         mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=self.device)
         return self.decoder.generate(inputs_embeds=inputs, attention_mask=mask,
                                      **self.beam_options(n, length))
-
-
-def resized(size, height, width):
-    """(height, width) that a processor's `size` {name: pixels or None} makes of a picture's."""
-    told = {name: pixels for name, pixels in size.items() if pixels}
-    if told.keys() == {"shortest_edge"}:
-        short = min(height, width)
-        return tuple(int(size["shortest_edge"] * s / short) for s in (height, width))
-    if told.keys() == {"height", "width"}:
-        return size["height"], size["width"]
-    raise ValueError(f"a captioner's size {told} is not known: height and width, or shortest_edge")
-
-
-def center_crop(image, height, width):
-    """The middle of an image (3, H, W); zeros around it where it is smaller."""
-    over = [height - image.shape[-2], width - image.shape[-1]]
-    if max(over) > 0:
-        top, left = (max(0, -(-x // 2)) for x in over)
-        bottom, right = (max(0, x // 2) for x in over)
-        image = F.pad(image, (left, right, top, bottom))
-    top = (image.shape[-2] - height) // 2
-    left = (image.shape[-1] - width) // 2
-    return image[:, top:top + height, left:left + width]

@@ -48,21 +48,15 @@ class Generator:
                 # Differs: no safety checker, as a picture it blackens could not be compared
                 pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, safety_checker=None,
                                                          requires_safety_checker=False, **options)
-            pipe = pipe.to(device)
-            for part in pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    check_finite(part)
-        return cls(pipe)
+            return cls(pipe.to(device))
 
     def __init__(self, pipe):
         pipe.set_progress_bar_config(disable=True)
-        if hasattr(pipe, "safety_checker"):
-            pipe.safety_checker = None
         if getattr(pipe, "vae", None) is not None:
             pipe.vae.enable_slicing()            # picture by picture: it is the peak of memory
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
-                part.eval().requires_grad_(False)
+                check_finite(part.eval().requires_grad_(False))
         self.pipe = pipe
         self.device = pipe.device
         self.dtype = getattr(pipe, "dtype", torch.float32)

@@ -11,7 +11,6 @@ experiments. Copy this file with loading.py, metrics.py and records.py: it needs
 and transformers.
 """
 import contextlib
-import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ import records
 HERE = Path(__file__).resolve().parent
 HUB = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vitb8",
        "sbert": "sentence-transformers/all-MiniLM-L6-v2"}
+MODELS = {"clip": "CLIPModel", "dino": "ViTModel", "sbert": "BertModel"}     # of transformers
 PLACES = ("miniature", "hub", "cache", "none")
 NAMES = {"image": ("clip", "dino", "pixel", "inception"), "text": ("clip", "sbert")}
 REMEDY = "give --inception torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
@@ -88,13 +88,14 @@ def likenesses(names, asked, by, kind, place, device, references, glove):
     found, absent = load([name for name in names if name not in ours], kind, place, device)
     likeness = {name: judge.alike for name, judge in found.items()}
     if "cider" in ours and len(references) > 1:
-        likeness["cider"] = functools.partial(cider, metrics.document_frequency(references))
+        df = metrics.document_frequency(references)
+        likeness["cider"] = lambda said, texts: metrics.cider(said, [[text] for text in texts], df)
     elif "cider" in ours:
         absent["cider"] = "it needs the document frequency of a set of references; give --data"
     if glove and not Path(glove).is_file():
         raise ValueError(f"--glove {glove}: no such file")
     if "wmd" in ours and glove:
-        likeness["wmd"] = functools.partial(metrics.movers, glove)
+        likeness["wmd"] = lambda said, texts: metrics.movers(glove, said, texts)
     elif "wmd" in ours:
         absent["wmd"] = "it needs word vectors; give --glove glove.6B.200d.txt"
     for name, reason in absent.items():
@@ -103,10 +104,6 @@ def likenesses(names, asked, by, kind, place, device, references, glove):
             raise ValueError(f"{flag} {name}: {reason}")
         records.say(f"no likeness {name}: {reason}")
     return {name: likeness[name] for name in names if name in likeness}, found.get("clip")
-
-
-def cider(df, captions, texts):
-    return metrics.cider(captions, [[text] for text in texts], df)
 
 
 class Encoder:
@@ -119,14 +116,9 @@ class Encoder:
         options = options or {"use_safetensors": True, "trust_remote_code": False}
         plain = {k: v for k, v in options.items() if k != "use_safetensors"}
         self.name = name
-        if name == "clip":
-            model = transformers.CLIPModel.from_pretrained(place, **options)
-        elif name == "dino":
+        if name != "clip":
             options = options | {"add_pooling_layer": False}
-            model = transformers.ViTModel.from_pretrained(place, **options)
-        else:
-            options = options | {"add_pooling_layer": False}
-            model = transformers.BertModel.from_pretrained(place, **options)
+        model = getattr(transformers, MODELS[name]).from_pretrained(place, **options)
         self.model = model.float().eval().requires_grad_(False).to(device or "cpu")
         self.kind = kind
         if kind != "image":
@@ -248,11 +240,9 @@ def inception_features(device=None, weights=None):
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as theirs
-    except ImportError as e:
-        raise ValueError(f"{e.name} is not installed: pip install torch-fidelity") from e
-    except RuntimeError as e:                    # torchvision's own operators
-        raise ValueError(f"torch-fidelity can't be imported ({str(e)[:100]}): torchvision does "
-                         "not fit this torch") from e
+    except (ImportError, RuntimeError) as e:     # torchvision's own operators, too
+        raise ValueError(f"torch-fidelity can't be imported ({str(e)[:100]}): pip install "
+                         "torch-fidelity, and a torchvision that fits this torch") from e
     tensors = inception_weights(weights or theirs.URL_INCEPTION_V3)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -289,13 +279,10 @@ def inception_weights(source):
         else:
             found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as e:                       # of foreign bytes a reader may raise anything
-        reason = type(e).__name__
-        if isinstance(e, OSError) and e.strerror:
-            reason = e.strerror
+        reason = getattr(e, "strerror", None) or type(e).__name__
         raise ValueError(f"{source} could not be read as plain tensors ({reason}): "
                          f"{REMEDY}") from e
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{source} holds no tensors by name: {REMEDY}")
-    if not all(isinstance(x, torch.Tensor) for x in found.values()):
-        raise ValueError(f"{source} holds other things than tensors by name: {REMEDY}")
+    values = [*found.values()] if isinstance(found, dict) else []
+    if not values or not all(isinstance(x, torch.Tensor) for x in values):
+        raise ValueError(f"{source} is not tensors by name alone: {REMEDY}")
     return found

@@ -12,8 +12,7 @@ Copy this file with records.py: it needs torch, transformers, safetensors and hu
 """
 import contextlib
 import difflib
-import importlib.util
-import json
+import importlib
 import os
 import re
 import sys
@@ -36,7 +35,7 @@ import records
 
 # weights as the libraries name them: no half-precision copies, no single files of other programs
 WEIGHTS = re.compile(
-    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-(\d+))?\.(safetensors|bin)")
 TEXTS = (".json", ".txt", ".model", ".jinja")    # configurations, vocabularies, chat templates
 INDEX = "model_index.json"                       # of a pipeline: its parts
 WEIGHTLESS = re.compile("Tokenizer|Processor|Extractor|Scheduler")
@@ -127,11 +126,9 @@ def from_cache(repo, error):
         # of its texts the hub's client knows whether they are whole, of weights check_weights
         folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
         parts = parts_of(folder / INDEX) if (folder / INDEX).exists() else {}
-        texts = ["*" + end for end in TEXTS]
-        other = ["*/*"]
-        if parts:
-            texts = [f"{part}/{text}" for part in parts for text in texts]
-            other = [f"{part}/*/*" for part in parts]
+        places = [f"{part}/*" for part in parts] or ["*"]
+        texts = [place + end for place in places for end in TEXTS]
+        other = [place + "/*" for place in places]
         snapshot_download(repo, local_files_only=True, allow_patterns=texts, ignore_patterns=other)
         check_weights(folder)
     except (OSError, ValueError):
@@ -207,24 +204,14 @@ def check_weights(folder):
         if not files:
             raise FileNotFoundError(
                 f"{part} has no weights (model.safetensors, or pytorch_model.bin)")
-        check_shards(part, files)
+        count = WEIGHTS.fullmatch(files[-1].name)[3]
+        if count and len(files) < int(count):
+            raise FileNotFoundError(f"{part} has {len(files)} of the {count} files of its weights")
         for file in files:
             check_file(file)
         if files[0].suffix == ".bin":
             old.append(str(part))
     return old
-
-
-def check_shards(part, files):
-    """Raises OSError where a file is missing that the index of large weights names."""
-    for index in part.glob(f"*{files[0].suffix}.index.json"):
-        found = records.load_json(index)
-        if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
-            raise ValueError(f"{index}: expected {{weight_map: {{tensor: file}}}}")
-        named = found["weight_map"].values()
-        missing = [n for n in sorted(set(named)) if WEIGHTS.fullmatch(n) and part / n not in files]
-        if missing:
-            raise FileNotFoundError(f"{part / missing[0]} is missing, which {index.name} names")
 
 
 def check_file(path):
@@ -268,13 +255,12 @@ def check_finite(model):
 
 def torchvision_fault():
     """The libraries import torchvision where it is installed, and hide that it was what failed."""
-    if importlib.util.find_spec("torchvision") is None:
-        return None
     try:
         importlib.import_module("torchvision")
+    except ModuleNotFoundError:                  # it is not installed
+        pass
     except Exception as e:
         return f"torchvision does not fit this torch ({e}): uninstall it, nothing here needs it"
-    return None
 
 
 # ---------------------------------------------------------------- what a run is made of
@@ -287,14 +273,13 @@ def record_revisions(folder):
     known = records.load_json(path) if path.exists() else {}
     if not isinstance(known, dict) or not all(isinstance(x, list) for x in known.values()):
         raise ValueError(f"{path}: expected {{hub id: [commit]}}: remove it")
-    before = json.dumps(known)
     for repo, commit in REVISIONS.items():
         commits = known.setdefault(repo, [])
         if commit not in commits:
             if commits:
                 records.say(f"{folder}: begun with {repo} at {commits[-1]}, goes on with {commit}")
             commits.append(commit)
-    if json.dumps(known) != before:
+    if known:
         records.write_json(path, known)
 
 
@@ -307,10 +292,7 @@ def load_trained(checkpoint, captioner=None, generator=None):
     """
     path = Path(checkpoint)
     path = path / "checkpoint.safetensors" if path.is_dir() else path
-    try:
-        trained_side = header(path).get("settings", {}).get("side")
-    except ValueError as e:
-        raise ValueError(f"--ckpt {e}") from e
+    trained_side = header(path).get("settings", {}).get("side")
     tensors = load_file(path)
     check_numbers(tensors, f"--ckpt {path}")
     if trained_side is not None and type(trained_side) is not int:
@@ -354,7 +336,7 @@ def header(path):
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("header", "{}")
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: no checkpoint that can be read ({e}); give the --out of "
+        raise ValueError(f"{path}: no checkpoint that can be read ({e}); --ckpt takes the --out of "
                          "finetune.py") from e
     with contextlib.suppress(ValueError):        # no JSON
         about = records.parse(text)

@@ -50,15 +50,6 @@ def test_pixels_pass_gradients_where_the_picture_saturates(captioner):
     assert (x.grad.abs() > 0).all()
 
 
-def test_a_size_that_nobody_knows_is_named(layouts, tmp_path):
-    shutil.copytree(layouts / VITB, tmp_path / "model")
-    file = tmp_path / "model/preprocessor_config.json"
-    view = json.loads(file.read_text()) | {"size": {"longest_edge": 30}}
-    file.write_text(json.dumps(view))
-    with pytest.raises(ValueError, match="longest_edge"):
-        Captioner.load(tmp_path / "model", "cpu").pixels([torch.rand(3, 40, 50)])
-
-
 def test_likelihood_is_the_librarys_own_loss(captioner, images):
     captioner.model.text_decoder.label_smoothing = 0.0
     ids = torch.tensor([sentence_ids(captioner, CAPTION)])
@@ -216,17 +207,6 @@ def test_a_captioner_is_read_as_it_was_saved(captioner, tmp_path):
     found = Captioner.load(tmp_path, "cpu")
     assert found.pixels(torch.rand(1, 3, 40, 60)).shape == (1, 3, 16, 16)
     assert torch.equal(found.mean, captioner.mean)
-
-
-def test_a_captioner_that_cuts_is_read_with_its_own_side(layouts, tmp_path):
-    """A processor that cut pictures does not cut those of another side."""
-    captioner = Captioner.load(layouts / VITB, "cpu")
-    captioner.processor.do_center_crop = True
-    captioner.processor.crop_size = {"height": 384, "width": 384}
-    captioner.side = 64
-    captioner.save(tmp_path)
-    x = torch.rand(1, 3, 40, 60)
-    assert torch.equal(Captioner.load(tmp_path, "cpu").pixels(x), captioner.pixels(x))
 
 
 def answers(folder, prompt):

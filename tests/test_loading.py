@@ -230,12 +230,10 @@ print(last - first)
     assert kept < faults("miniature", MALLOC_TRIM_THRESHOLD_="131072") / 4
 
 
-@pytest.mark.parametrize("file, text", [
-    ("model_index.json", "[]"), ("model_index.json", "{"), ("model.safetensors.index.json", "{}"),
-    ("model.safetensors.index.json", '{"weight_map": []}')])
-def test_an_index_of_another_shape_is_one_line(tmp_path, file, text):
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_an_index_of_another_shape_is_one_line(tmp_path, text):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    (tmp_path / file).write_text(text)
+    (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ValueError, match="captioner") as e:
         loading.resolve(tmp_path, {}, "captioner")
     assert "\n" not in str(e.value)

@@ -94,15 +94,24 @@ def test_dino_is_resized_as_its_checkpoint_says(layouts, photo, tmp_path, resamp
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("side", ["captioner", "judge"])
-def test_every_shape_of_size_and_crop(layouts, photo, tmp_path, side, view):
-    source = layouts / (VITB if side == "captioner" else CLIP)
-    folder = changed(source, tmp_path / "model", **{"do_center_crop": False} | VIEWS[view])
-    if side == "captioner":
-        ours = captioners.Captioner.load(folder, "cpu").pixels([tensor(photo)])
-    else:
-        ours = judge("clip", folder, "image").pixels(tensor(photo)[None])
+def test_every_shape_of_size_and_crop(layouts, photo, tmp_path, view):
+    folder = changed(layouts / CLIP, tmp_path / "model", **{"do_center_crop": False} | VIEWS[view])
+    ours = judge("clip", folder, "image").pixels(tensor(photo)[None])
     near(ours, stock_view(folder, photo))
+
+
+@pytest.mark.parametrize("view", [*VIEWS, "the longer side"])
+def test_a_captioner_resizes_or_says_that_it_cannot(layouts, photo, tmp_path, view):
+    """Its vision reads one size of picture: what keeps a picture's shape, or cuts it, is named."""
+    config = {"the longer side": {"size": {"longest_edge": 30}}} | VIEWS
+    folder = changed(layouts / VITB, tmp_path / "model", **config[view])
+    if view in ("a number", "a pair", "height and width", "bilinear"):
+        ours = captioners.Captioner.load(folder, "cpu").pixels([tensor(photo)])
+        near(ours, stock_view(folder, photo))
+        return
+    with pytest.raises(ValueError, match="preprocessor_config.json") as e:
+        captioners.Captioner.load(folder, "cpu")
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------- words
