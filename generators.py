@@ -52,6 +52,8 @@ class Generator:
 
     def __init__(self, pipe):
         pipe.set_progress_bar_config(disable=True)
+        if hasattr(pipe, "safety_checker"):      # of a pipeline that was not loaded here
+            pipe.safety_checker = None
         if getattr(pipe, "vae", None) is not None:
             pipe.vae.enable_slicing()            # picture by picture: it is the peak of memory
         for part in pipe.components.values():
