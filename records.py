@@ -211,6 +211,8 @@ def claim(folder):
                          "another --out, or wait") from e
     except OSError as e:                         # of a file system that has no locks
         say(f"{folder} can't be locked ({e.strerror}): let no other run write into it")
+    if not os.fstat(file.fileno()).st_nlink:     # another run has just left it, and nothing in it
+        return claim(folder)
     CLAIMED[folder] = file
     with writing(folder):
         file.truncate(0)

@@ -2,6 +2,7 @@
 code says is looked at."""
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -151,3 +152,17 @@ def test_what_it_says_is_looked_at(tmp_path, said):
 def test_what_it_draws_is_looked_at(tmp_path, drawn):
     with pytest.raises(ValueError, match="m.py:load, draw"):
         own(tmp_path, draw=drawn).draw(["a"])
+
+
+def test_a_lock_that_was_left_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    """The one before removes folder and lock between our opening and our locking."""
+    out, lock, gone = tmp_path / "out", records.fcntl.flock, []
+
+    def late(file, how):
+        if not gone:
+            gone.append((out / ".lock").unlink())
+            out.rmdir()
+        lock(file, how)
+    monkeypatch.setattr(records.fcntl, "flock", late)
+    records.claim(out)
+    assert gone and str(os.getpid()) in (out / ".lock").read_text()
