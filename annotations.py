@@ -13,7 +13,7 @@ from pathlib import Path
 import records
 from records import the
 
-NAMES = ("image", "file_name", "image_id")       # the first that a row of captions has
+NAMES = ("image", "image_id", "file_name")       # the first that a row of captions has
 FILES = ("image", "file_name")
 CAPTIONS = ("caption", "captions", "text")
 

@@ -163,7 +163,7 @@ def likelihoods(captioner, captions, log_p):
 def talked(conversation, captioner, generator, asked, n, likeness, seed, items, speak, draw, given):
     """The rows of each item of a conversation of cycle.py. Items whose candidates exist come one by
     one, as they may have any number each."""
-    groups, step = [], 1 if given else len(items)
+    groups, step = [], 1 if given else max(1, len(items))
     for start in range(0, len(items), step):
         some = slice(start, start + step)
         talk = conversation(captioner, generator, asked[some], n, likeness, seed, items[some],

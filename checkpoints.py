@@ -145,8 +145,10 @@ def begun(out, settings, content):
 def check_same(out, before, now):
     """ValueError where what a checkpoint is made of is not what was typed. Nothing of it is
     followed: somebody else may have written it."""
+    same = {key for key, value in now.items() if before.get(key) == value}
+    same |= {key.removesuffix(" files") for key in same}             # a folder may have moved
     other = [f"{key} was {ascii(before.get(key))[:200]}, is {value!r}"
-             for key, value in now.items() if before.get(key) != value]
+             for key, value in now.items() if key not in same]
     if other:
         raise ValueError(f"{out} was trained otherwise ({'; '.join(other)}): type the same, or "
                          "choose another --out")

@@ -292,9 +292,10 @@ def main(args):
     settings = settings_of(args)
     start = checkpoints.begun(args.out, settings, content)
     if start >= total:
-        checkpoints.plot(args.out, args.losses)          # a kill may have left none
-        print(f"finetune.py: {args.out} has all {total} steps; a larger --steps goes on, another "
-              "--out begins anew")
+        if rank == 0:
+            checkpoints.plot(args.out, args.losses)      # a kill may have left none
+            print(f"finetune.py: {args.out} has all {total} steps; a larger --steps goes on, "
+                  "another --out begins anew")
         return 0
     if processes > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

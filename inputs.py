@@ -145,7 +145,7 @@ def given_captions(path, limit=None, items=()):
     out.items = [item for item in found.values() if captions[item.name]][:limit]
     out.given = {item.name: captions[item.name] for item in out.items}
     if not out.items:
-        of = " of the set" if items else ""
+        of = f" of the set, such as {items[0].name!r}" if items else ""
         raise ValueError(f"{path}: no captions of any picture{of}; in a folder they are a .txt "
                          "beside each picture, one a line")
     return out
@@ -210,7 +210,7 @@ def item_of(row, path, known):
     if not known:
         return data.Item(name, picture_file(name, path))
     beside = Path(path).parent / name
-    names = (name, Path(name).as_posix(), beside.as_posix(), annotations.key(row.name))
+    names = (row.name, name, Path(name).as_posix(), beside.as_posix())
     return next((known[x] for x in names if x in known), None)
 
 

@@ -32,6 +32,7 @@ except ImportError:                              # Windows
 # what moves a terminal's cursor, or turns the direction of text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST = 1_000_000                              # letters of a line that is read as text
+MADE = set()                                     # folders that a claim has made
 CLAIMED = {}                                     # {folder: open file}; locks end with the process
 KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list",
          dict: "{name: value}", type(None): "null"}
@@ -201,6 +202,8 @@ def claim(folder):
         return
     command = shlex.join(["python", *sys.orig_argv[1:]])
     with writing(folder):
+        if not folder.exists():
+            MADE.add(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     try:
@@ -223,8 +226,8 @@ def claim(folder):
 
 @atexit.register
 def leave():
-    """Removes the claimed folders in which nothing has come to lie."""
-    for folder in CLAIMED:
+    """Removes the folders that were made here and in which nothing has come to lie."""
+    for folder in MADE:
         with contextlib.suppress(OSError):
             if os.listdir(folder) == [".lock"]:
                 (folder / ".lock").unlink()

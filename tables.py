@@ -191,7 +191,7 @@ def made_of(folder, root, split, place):
         raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
                          "first, with --data")
     settings = records.load_json(folder / "settings.json")
-    name = settings.get("data")
+    name = records.the(settings, "data", str, folder / "settings.json", None)
     part = settings.get("split")
     if name in (None, "None"):
         raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "

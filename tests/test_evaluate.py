@@ -237,6 +237,7 @@ def test_an_image_by_its_number(tmp_path):
     [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": ["a dog", "a cat"]}],
     [{"image": "7.jpg", "image_id": "x", "caption": c} for c in ("a dog", "a cat")],
     [{"image_id": 7, "caption": c} for c in ("a dog", "a cat")],
+    [{"image_id": 7, "file_name": "test/0000.png", "caption": c} for c in ("a dog", "a cat")],
     {"7.jpg": ["a dog", "a cat"], "8.jpg": []}])
 def test_files_of_captions(tmp_path, content):
     (image, row), = annotations.by_key(write(tmp_path / "a.json", content)).items()

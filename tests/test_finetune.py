@@ -371,6 +371,15 @@ def test_settings_are_compared_and_not_followed(whole, tmp_path, settings):
     assert f"({key} was " in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 600
 
 
+def test_a_model_may_have_moved(tmp_path):
+    """Its files are what counts; nothing else of another name is the same."""
+    before = {"captioner": "a/", "captioner files": "1", "generator": "miniature"}
+    checkpoints.check_same(tmp_path, before, before | {"captioner": "/b"})
+    for change in ({"captioner": "/b", "captioner files": "2"}, {"generator": "sd14"}):
+        with pytest.raises(ValueError, match="was trained otherwise"):
+            checkpoints.check_same(tmp_path, before, before | change)
+
+
 def test_a_header_that_is_none(whole, tmp_path):
     for text in ("{", "[]", "{}", "3", '{"step": "1", "data": "", "settings": {}}'):
         save_file(whole[1], tmp_path / "checkpoint.safetensors", {"header": text})

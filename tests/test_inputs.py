@@ -178,3 +178,6 @@ def test_cocos_results_are_candidates_of_a_set(tmp_path):
     assert found.given == {item.name: ["a ring", "a wall"] for item in items}
     with pytest.raises(ValueError, match=f"row 1: {items[0].name} is no picture's file: --data names its set"):
         inputs.given_captions(path)
+    other = {"/nowhere/of/mine/0003.png": ["a ring"], items[0].name: ["a wall"]}        # no picture of the set
+    path.write_text(json.dumps(other))
+    assert inputs.given_captions(path, items=data.read("miniature", "near")).given == {items[0].name: ["a wall"]}

@@ -62,12 +62,19 @@ def test_a_folder_is_one_runs(tmp_path):
         holder.wait()
     records.claim(out)
     records.claim(out)                           # its own again
-    (out / "kept").touch()
+    new = tmp_path / "new"
+    records.claim(new)
+    (new / "kept").touch()
     records.leave()
-    assert (out / "kept").exists()
-    (out / "kept").unlink()
+    assert (new / "kept").exists()
+    (new / "kept").unlink()
     records.leave()                              # nothing came of it
-    assert not out.exists()
+    assert not new.exists()
+    own = tmp_path / "own"
+    own.mkdir()
+    records.claim(own)
+    records.leave()
+    assert own.exists()                          # somebody else made it
 
 
 def test_a_fingerprint_is_of_the_bytes(tmp_path):
