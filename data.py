@@ -219,7 +219,8 @@ def of_split(items, split, root):
         rest = [item for item in items if item.name not in names]
         parts = {"train": rest, "val": held, "test": held}
     if not parts.get(split):
-        raise ValueError(f"{root} has no pictures in its split {split!r}, of {[*parts, 'all']}")
+        known = [part for part in parts if parts[part]]
+        raise ValueError(f"{root} has no pictures in its split {split!r}, of {[*known, 'all']}")
     return parts[split]
 
 
