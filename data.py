@@ -119,7 +119,7 @@ def public(root, split):
     wanted = ("train", "restval") if split == "train" else (split,)
     if split in ("nocaps", *DOMAINS):
         path = root / NOCAPS
-        wanted = DOMAINS.values() if split == "nocaps" else (DOMAINS[split],)
+        wanted = (DOMAINS.get(split),)
     elif (root / "dataset_coco.json").exists():
         path = root / "dataset_coco.json"
     if not path.exists():
@@ -129,7 +129,7 @@ def public(root, split):
         part = row.domain if path.name == NOCAPS else row.split
         part = split if path.name.startswith("coco_karpathy_") else part
         parts.add(str(part))
-        if part is None and split != "nocaps" or not row.file:
+        if not row.file or (part is None and split != "nocaps"):
             raise ValueError(f"{row.where}: it names no file, or is of no split")
         if split == "nocaps" or part in wanted:
             picture = inside(root / row.file, root, row.where)
