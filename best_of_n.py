@@ -203,11 +203,11 @@ def put_pictures(rows, pictures):
 
 
 # ---------------------------------------------------------------- kept in a file
-def keep(item, rows, direction, seed, generator, out, mark=None):
+def keep(item, rows, found, seed, generator, out):
     """Appends an item's lines to candidates.jsonl, once its pictures are saved (those that existed
-    are files already). mark: of its inputs.Source."""
+    are files already). found: the inputs.Inputs that it is of."""
+    direction, source, mark = found.direction, found.input(item), found.mark(item)
     prefix = None if direction == IMAGE else "sentence"
-    source = str(item.path) if direction == IMAGE else item.captions[0]
     cut = [False] * len(rows)
     if hasattr(generator, "too_long"):           # which captions it did not read to the end
         drawn = [row["caption"] if direction == IMAGE else source for row in rows]
@@ -246,17 +246,17 @@ def draw_later(rows, generator, seed, draw, out):
             save_picture(row, data.picture_name(row["item"], row["candidate"]), out)
 
 
-def groups_in(out, sources=None):
+def groups_in(out, found=None):
     """{item: its rows} of candidates.jsonl; of one that was done again the last. ValueError for
-    rows that no run has written. sources: {item: its inputs.Source}, whose pictures may lie out of
-    the folder."""
+    rows that no run has written. found: inputs.Inputs, whose pictures may lie out of the folder."""
     path = out / "candidates.jsonl"
+    items = {item.name: item for item in found.items} if found else {}
     groups = {}
     for number, row in enumerate(records.read_rows(path), 1):
         known = ()
-        if sources:                              # of an item not asked for nothing is shown
-            source = sources.get(str(row.get("item")))
-            known = source.pictures if source else [row.get("picture")]
+        if items:                                # of an item not asked for nothing is shown
+            item = items.get(str(row.get("item")))
+            known = found.pictures(item) if item else [row.get("picture")]
         check_row(row, out, f"{path}, line {number}", known)
         if row["candidate"] == 0:                # an item's lines are written at once, in order
             groups[row["item"]] = []
@@ -287,22 +287,30 @@ def check_row(row, out, where, known=()):
         raise ValueError(f"{where}: it has no scores")
 
 
-def finished(out, n, sources=None):
+def finished(out, n, found=None):
     """Items of candidates.jsonl: ({item: its rows}, as many as each line says (`of`; else n); the
     same of those that are others now). An item that lacks some, or a picture, is done again, as is
-    one that is another now. sources: as of groups_in."""
+    one that is another now. found: as of groups_in."""
     done, stale = {}, {}
-    for item, rows in groups_in(out, sources).items():
+    items = {item.name: item for item in found.items} if found else {}
+    for name, rows in groups_in(out, found).items():
         named = [x["picture"] for x in rows if x["picture"]]
-        gone = [name for name in named if not os.path.exists(out / name)]
+        gone = [picture for picture in named if not os.path.exists(out / picture)]
         if gone or len(rows) != rows[0].get("of", n):
-            records.say(f"{out}: {item} is done again: {gone[0] if gone else 'some'} is missing")
-        elif sources and item in sources and not sources[item].made(rows, out / "candidates.jsonl"):
-            records.say(f"{out}: {item} is done again: it, or its candidates, are others now")
-            stale[item] = rows
+            records.say(f"{out}: {name} is done again: {gone[0] if gone else 'some'} is missing")
+        elif name in items and others(rows, items[name], found):
+            records.say(f"{out}: {name} is done again: it, or its candidates, are others now")
+            stale[name] = rows
         else:
-            done[item] = rows
+            done[name] = rows
     return done, stale
+
+
+def others(rows, item, found):
+    """Whether any of an item's rows is not of it, or of its candidates, as they are now."""
+    mark = found.mark(item)
+    now = found.direction, found.input(item), mark
+    return any((row["direction"], row["input"], mark and row.get("mark")) != now for row in rows)
 
 
 # ---------------------------------------------------------------- ranks

@@ -7,7 +7,6 @@
 Copy this file with annotations.py, best_of_n.py, cycle.py, data.py, losses.py, pictures.py and
 records.py; the miniature is for `toys`.
 """
-import functools
 import os
 import re
 from collections import Counter
@@ -37,6 +36,23 @@ class Inputs:
     given: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     whole: list = field(default_factory=list)
+
+    def input(self, item):
+        """What rows of candidates.jsonl name as an item's input: its path, or its text."""
+        return str(item.path) if item.path else item.captions[0]
+
+    def pictures(self, item):
+        """The pictures that exist of an item, as rows name them."""
+        given = self.given.get(item.name, ())
+        return [str(path.resolve()) for path in given if isinstance(path, Path)]
+
+    def mark(self, item):
+        """Another one where its picture, or any of its candidates, is another; None where one of
+        them is not there to be looked at."""
+        captions = [x for x in self.given.get(item.name, ()) if isinstance(x, str)]
+        files = [str(item.path)] if item.path else []
+        seen = [records.fingerprint(file) for file in files + self.pictures(item)]
+        return records.digest([captions, seen]) if all(seen) else None
 
 
 # ---------------------------------------------------------------- what is to be described, or drawn
@@ -220,44 +236,6 @@ def picture_file(name, path):
     if os.path.exists(name) and not beside.exists():
         return data.inside(Path(name), Path(), path)
     return data.inside(beside, Path(path).parent, path)
-
-
-@dataclass
-class Source:
-    """What an item's rows are made of: in this direction, of its path or text (input), and of
-    candidates that exist, captions and pictures (paths)."""
-    direction: str
-    input: str
-    captions: list
-    pictures: list
-
-    @functools.cached_property
-    def mark(self):
-        """Another one where its picture, or any of its candidates, is another; None where one of
-        them is not there to be looked at."""
-        files = [self.input, *self.pictures] if self.direction == IMAGE else self.pictures
-        seen = [records.fingerprint(file) for file in files]
-        return records.digest([self.captions, seen]) if all(seen) else None
-
-    def made(self, rows, path):
-        """Whether rows of candidates.jsonl are of it. ValueError where they are of another one."""
-        for row in rows:
-            if (row["direction"], row["input"]) != (self.direction, self.input):
-                raise ValueError(f"{path}: {row['item']!r} is of {row['input']!r}, not of "
-                                 f"{self.input!r}: choose another --out")
-        return self.mark is None or {self.mark} == {row.get("mark") for row in rows}
-
-
-def sources(found):
-    """{item's name: its Source}."""
-    out = {}
-    for item in found.items:
-        given = found.given.get(item.name, [])
-        pictures = [str(path.resolve()) for path in given if isinstance(path, Path)]
-        captions = [x for x in given if isinstance(x, str)]
-        source = str(item.path) if item.path else item.captions[0]
-        out[item.name] = Source(found.direction, source, captions, pictures)
-    return out
 
 
 # ---------------------------------------------------------------- results, references, pictures

@@ -275,7 +275,7 @@ def opened(item, candidates, skipped):
     return item.captions[0], pictures, files
 
 
-def converse(items, found, sources, out, settings, how):
+def converse(items, found, out, settings, how):
     """Has the conversation over items, some at a time, and keeps their rows, with the settings of
     the run. Returns why what was skipped. how: arguments of captions_for and pictures_for."""
     image = found.direction == IMAGE
@@ -301,8 +301,7 @@ def converse(items, found, sources, out, settings, how):
             for item, rows, names in zip(some, groups, files):
                 for row, name in zip(rows, names or ()):
                     row["picture"] = name
-                best_of_n.keep(item, rows, found.direction, how["seed"], how["generator"], out,
-                               sources[item.name].mark)
+                best_of_n.keep(item, rows, found, how["seed"], how["generator"], out)
         bar.update(len(items[start:start + chunk]))
     bar.close()
     return skipped
@@ -339,8 +338,7 @@ def main(args):
     out = take_folder(args.out, settings)
     if out.name != "rerank" and args.out is None:
         found.notes.append(f"out/rerank holds another run, or is in use; this one is in {out}")
-    sources = inputs.sources(found)
-    done, _ = best_of_n.finished(out, args.n, sources)
+    done, _ = best_of_n.finished(out, args.n, found)
     if process == 0:
         tell(found, done)
     rest = [item for item in items[process::processes] if item.name not in done]
@@ -360,7 +358,7 @@ def main(args):
             wanted, args.likeness, args.by, direction.partition("-")[0], args.judges,
             devices.device_and_dtype(args.device)[0], references, args.glove)
         check(args.by, args.scorer, likeness, clip, captioner)
-        skipped = converse(rest, found, sources, out, settings, {
+        skipped = converse(rest, found, out, settings, {
             "captioner": captioner, "generator": generator, "likeness": likeness, "clip": clip,
             "scorer": args.scorer, "n": args.n, "seed": args.seed, "draws": args.draws,
             "draw": draw, **own})
@@ -371,7 +369,7 @@ def main(args):
         script.say(f"skipped {reason}")
     if process > 0:
         return 0
-    done, stale = best_of_n.finished(out, args.n, sources)
+    done, stale = best_of_n.finished(out, args.n, found)
     groups = {item.name: done[item.name] for item in items if item.name in done}
     if not groups:
         of = args.captions or args.images or "what was given"

@@ -134,7 +134,7 @@ def test_a_mark_is_of_what_it_marks(here):
     def mark(*given):
         item = data.Item("a", here / "a.png")
         found = inputs.Inputs(best_of_n.IMAGE, [item], {"a": list(given)})
-        return inputs.sources(found)["a"].mark
+        return found.mark(item)
     assert mark("a", "b") == mark("a", "b") != mark("b", "a")
     before = mark()
     assert before == mark()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -329,34 +330,35 @@ def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
 
 
 def test_rows_of_another_picture_are_not_of_this_one(tmp_path):
-    """Done again where the picture is another, kept where it can't be looked at, refused where any
-    row names another one: what a row names is copied and shown."""
-    def source(path=tmp_path / "a.png", *pictures):
-        return {"a": inputs.Source(best_of_n.IMAGE, str(path), [], list(pictures))}
+    """Done again where the picture is another, or any row names another one; kept where it can't be looked at: what a
+    row names is copied and shown."""
+    def found(path=tmp_path / "a.png", *pictures):
+        return inputs.Inputs(best_of_n.IMAGE, [data.Item("a", path)], {"a": list(pictures)})
 
-    def kept():
-        return [list(rows) for rows in best_of_n.finished(tmp_path, 2, source())]
+    def kept(now=None):
+        return [list(rows) for rows in best_of_n.finished(tmp_path, 2, now or found())]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"item": "a", "caption": "x", "input": str(tmp_path / "a.png"), "picture": None, "direction":
-           best_of_n.IMAGE, "scores": {"denoise": 1.0}, "mark": source()["a"].mark}
+           best_of_n.IMAGE, "scores": {"denoise": 1.0}, "mark": found().mark(found().items[0])}
     rows = [row | {"candidate": j} for j in range(2)]
     records.write_rows(tmp_path / "candidates.jsonl", rows)
     assert kept() == [["a"], []]
     (tmp_path / "a.png").unlink()
     assert kept() == [["a"], []]
+    assert kept(found(tmp_path / "b/a.png")) == [[], ["a"]]
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert kept() == [[], ["a"]]
-    with pytest.raises(ValueError, match="'a' is of '.*a.png', not of '.*b/a.png'"):
-        best_of_n.finished(tmp_path, 2, source(tmp_path / "b/a.png"))
-    for key, value, fault in (("input", "/etc/hostname", "'a' is of '/etc/hostname'"),
-                              ("picture", "/etc/hostname", "line 2: .*hostname leads out of"),
-                              ("direction", best_of_n.TEXT, "'a' is of"), ("candidate", 2, "candidate 1"),
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for key, value in (("input", "/etc/hostname"), ("direction", best_of_n.TEXT), ("mark", None)):
+        records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {key: value}])
+        assert kept() == [[], ["a"]]
+    for key, value, fault in (("picture", "/etc/hostname", "line 2: .*hostname leads out of"), ("candidate", 2, "candidate 1"),
                               ("scores", {"denoise": float("inf")}, "'denoise' inf is no score")):
         records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {key: value}])
         with pytest.raises(ValueError, match=fault):
-            best_of_n.finished(tmp_path, 2, source())
+            kept()
     records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {"picture": "/etc/hostname"}])
-    assert not best_of_n.finished(tmp_path, 2, source(tmp_path / "a.png", "/etc/hostname"))[0]
+    assert kept(found(tmp_path / "a.png", Path("/etc/hostname"))) == [[], ["a"]]
 
 
 # ---------------------------------------------------------------- words, pairs, long prompts
