@@ -285,6 +285,10 @@ def check_row(row, out, where, known=()):
                 raise ValueError(f"{where}: {name!r} {value} is no score")
     if not row.get("scores"):
         raise ValueError(f"{where}: it has no scores")
+    for word in the(row, "words", list, where, []):
+        kinds = [type(part) for part in word] if isinstance(word, list) else []
+        if kinds != [str, float, float]:
+            raise ValueError(f"{where}: expected words [word, number, number]")
 
 
 def finished(out, n, found=None):

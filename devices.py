@@ -1,12 +1,10 @@
-"""What this process computes on: device, number type, threads and memory.
+"""What this process computes on: device, number type, memory.
 
     device, dtype = device_and_dtype("cuda", "bfloat16")
     row["peak_gib"] = peak_gib()
 
 Copy this file alone: it needs torch.
 """
-import ctypes
-import functools
 import os
 import sys
 
@@ -54,33 +52,6 @@ def device_and_dtype(device=None, dtype=None):
             raise ValueError(f"--dtype {dtype}: it is float32, float16 or bfloat16")
         dtype = found
     return device, dtype
-
-
-def tune_process(*names):
-    """What the miniature wants of its process; where another model is named, nothing is done.
-
-    One thread: its tensors are too small to share, and beside other work threads that wait for each
-    other take ten times as long (OMP_NUM_THREADS rules). And freed memory kept: see keep_memory.
-    """
-    if set(names) == {"miniature"}:
-        keep_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-
-
-@functools.cache
-def keep_memory():
-    """Tells glibc to keep freed memory, for this process: else it goes back to the system after
-    each layer and comes anew page by page, a third of the miniature's time. Nothing happens
-    elsewhere, nor where the environment says otherwise (MALLOC_TRIM_THRESHOLD_=131072 is glibc's
-    own way)."""
-    told = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
-    if sys.platform != "linux" or told & os.environ.keys():
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-1, 2 ** 31 - 1)            # M_TRIM_THRESHOLD: never
-        libc.mallopt(-3, 2 ** 25)                # M_MMAP_THRESHOLD: the largest there is
 
 
 def peak_gib():

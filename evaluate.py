@@ -34,6 +34,7 @@ import records
 import tables
 from captioners import CAPTIONERS, Captioner
 from generators import GENERATORS, Generator
+from miniature import toys
 from records import the
 from script import real, whole
 
@@ -361,7 +362,7 @@ def write(results, out):
 
 
 def main(args):
-    devices.tune_process(args.captioner, args.generator)
+    toys.tune_process(args.captioner, args.generator)
     device, _ = devices.device_and_dtype(args.device)
     if args.job == "findings":
         args.data, args.split, args.judges, items = tables.made_of(

@@ -37,6 +37,7 @@ from batches import Samples, collate, digest, held_out, open_samples
 from captioners import CAPTIONERS, Captioner
 from cycle import chance
 from generators import GENERATORS, Generator, tiny_decoder
+from miniature import toys
 from script import real, whole
 
 LOSSES = losses.NAMES
@@ -281,7 +282,7 @@ def main(args):
     if args.export:
         return checkpoints.export(args.out, settings_of(args), args.export)
     rank, processes = records.rank_and_world()
-    devices.tune_process(args.captioner, args.generator)
+    toys.tune_process(args.captioner, args.generator)
     device, dtype = devices.device_and_dtype(args.device, args.dtype)
     if dtype == torch.float16 and args.dtype is None:
         dtype = torch.float32                                # float16 would want its losses scaled

@@ -5,7 +5,7 @@
     found.items[0].path, found.given["photo.jpg"]
 
 Copy this file with annotations.py, best_of_n.py, cycle.py, data.py, losses.py, pictures.py and
-records.py; the miniature is for `toys`.
+records.py.
 """
 import os
 import re
@@ -17,13 +17,11 @@ import annotations
 import data
 import records
 from best_of_n import IMAGE, TEXT
-from miniature import world
 from records import the
 
 # the keys of rows that hold pictures that exist
 PROMPT = ("prompt", "caption", "text")
 PICTURES = ("images", "pictures", "image", "file_name")
-VOCABULARY = {*"a an and".split(), *" ".join([*world.WORDS, *world.PHRASES]).split()}
 
 
 @dataclass
@@ -303,41 +301,3 @@ def pictures(folder, rows, references, notes):
     guess = "; numbers are a guess, --refs with `images` is none" if ways["number"] else ""
     notes.append(f"pictures of {folder} found: {told}{guess}")
     return out
-
-
-# ---------------------------------------------------------------- whether a toy knows it
-def strange(found):
-    """What of the inputs the miniature does not know, as words: pictures that are not of its set,
-    and captions with words that none of its own have. "" where it knows all."""
-    home = data.SETS["miniature"]
-    files = [item.path for item in found.items if item.path]
-    texts = [item.captions[0] for item in found.items if not item.path]
-    for candidates in found.given.values():
-        texts += [x for x in candidates if isinstance(x, str)]
-        files += [x for x in candidates if isinstance(x, Path)]
-    pictures = [file for file in files if home not in Path(file).resolve().parents]
-    words = Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
-    words = [word for word in words if word not in VOCABULARY]
-    said = []
-    if pictures:
-        said.append(f"{len(pictures)} of {len(files)} pictures, not of their set ({pictures[0]})")
-    if words:
-        said.append(f"{len(words)} words ({', '.join(words[:5])})")
-    return " and ".join(said)
-
-
-def toys(captioner, generator, found):
-    """(what to say of the miniature beside any result, what to warn of): "" where it isn't used,
-    and where it knows what it was given."""
-    small = [kind for kind, name in (("captioner", captioner), ("generator", generator))
-             if name == "miniature"]
-    if not small:
-        return "", ""
-    who = " and ".join(small)
-    unknown = strange(found)
-    warning = (f"TOY MODELS: the {who} of the miniature know small drawn shapes in "
-               f"{len(VOCABULARY)} words, and do not know {unknown}: what comes of it means "
-               "nothing. Real models: the same command with --captioner vitb --generator sd14, and "
-               "another --out")
-    note = f"Toy models here: the {who}, of a small drawn world (miniature/README.md)."
-    return note, warning if unknown else ""

@@ -32,32 +32,10 @@ SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uatio
 
 
 # ---------------------------------------------------------------- words
-def recall_words(rows, out):
-    """Puts `words` into the rows for which words.jsonl has them; returns the others."""
-    known = {}
-    path = out / "words.jsonl"
-    for number, row in enumerate(records.read_rows(path), 1):
-        where = f"{path}, line {number}"
-        for name in ("item", "caption"):
-            records.the(row, name, str, where)
-        for word in records.the(row, "words", list, where):
-            kinds = [type(part) for part in word] if isinstance(word, list) else []
-            if kinds != [str, float, float]:
-                raise ValueError(f"{where}: expected words [word, number, number]")
-        known[explained(row)] = row["words"]
-    for row in rows:
-        row["words"] = known.get(explained(row))
-    return [row for row in rows if row["words"] is None]
-
-
-def explained(row):
-    """What the words of a row hang on."""
-    return str([row.get(name) for name in ("item", "caption", "picture")])
-
-
-def explain(rows, generator, draws, seed, batch, out):
-    """Puts `words` into rows, and into words.jsonl: [word, contribution, standard error] of caption
-    and picture; of a sentence, of the picture chosen for it."""
+def explain(rows, groups, generator, draws, seed, batch, out):
+    """Puts `words` into rows: [word, contribution, standard error] of caption and picture; of a
+    sentence, of the picture chosen for it. Each one's group is kept once more: it survives a
+    kill."""
     if not getattr(generator, "denoises", False):
         raise ValueError("--words: the generator is no Stable Diffusion 1.x or 2.x, whose loss is "
                          "known here")
@@ -69,8 +47,7 @@ def explain(rows, generator, draws, seed, batch, out):
         image = data.open_image(picture)
         words = losses.words(generator, image, text, timesteps, noise, batch)
         row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
-        kept = {name: row[name] for name in ("item", "caption", "picture", "words")}
-        records.append_rows(out / "words.jsonl", [kept])
+        records.append_rows(out / "candidates.jsonl", groups[row["item"]])
 
 
 # ---------------------------------------------------------------- for a spreadsheet

@@ -37,6 +37,7 @@ import records
 from best_of_n import IMAGE, TEXT, best_first
 from captioners import CAPTIONERS, Captioner
 from generators import GENERATORS, Generator, few_steps
+from miniature import toys
 from script import real, whole
 
 LIKENESSES = {IMAGE: ["clip", "dino", "pixel"], TEXT: ["clip", "sbert", "cider"],
@@ -320,7 +321,7 @@ def tell(found, done):
 
 def main(args):
     process, processes = records.rank_and_world()
-    devices.tune_process(args.captioner, args.generator)
+    toys.tune_process(args.captioner, args.generator)
 
     # 1) what goes in, what the run is made of, and what of it is done
     found = find(args.inputs, args.captions, args.images, args.data, args.split, args.turn,
@@ -391,11 +392,11 @@ def main(args):
         return generator or speakers(None, args.generator, args.ckpt, args.device, args.dtype)[1]
     if undrawn and args.draw:
         best_of_n.draw_later(undrawn, drawer(), args.seed, draw, out)
-    records.write_rows(out / "candidates.jsonl", itertools.chain(*(stale | groups | done).values()))
-    new = outputs.recall_words(best, out) if args.words else []
+    new = [row for row in best if args.words and "words" not in row]
     if new:
-        outputs.explain(new, drawer(), 2 * args.draws, args.seed, args.batch, out)
-    home, warning = inputs.toys(args.captioner, args.generator, found)
+        outputs.explain(new, groups, drawer(), 2 * args.draws, args.seed, args.batch, out)
+    records.write_rows(out / "candidates.jsonl", itertools.chain(*(stale | groups | done).values()))
+    home, warning = toys.told(args.captioner, args.generator, found)
     note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
     absent = "not drawn: --draw does it" if args.steps else ""

@@ -31,6 +31,7 @@ import metrics
 import records
 import script
 from lab import keep
+from miniature import toys
 from rerank import speakers
 
 SETTINGS = ("images", "captioner", "generator", "judges", "steps", "guidance")
@@ -245,7 +246,7 @@ def main(args):
     else:
         say("no CIDEr, no BLEU-4: there are captions without references")
     if args.images:
-        devices.tune_process(args.captioner, args.generator)
+        toys.tune_process(args.captioner, args.generator)
         args.judges = args.judges or judges.default_place(args.captioner, args.generator)
         more, rows = picture_scores(pairs, names, args)
         scores |= more

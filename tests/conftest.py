@@ -13,9 +13,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"              # of what the tests start, too
 
-import devices  # noqa: E402
+from miniature import toys  # noqa: E402
 
-devices.tune_process("miniature")
+toys.tune_process("miniature")
 
 # of properties (tests/hard/test_properties.py): the same few examples each time; or many, by
 # pytest --hypothesis-profile=hard

@@ -10,7 +10,7 @@ import best_of_n
 import data
 import inputs
 import records
-from miniature import world
+from miniature import toys, world
 
 
 @pytest.fixture
@@ -150,20 +150,20 @@ def test_the_miniature_knows_its_own():
         for i in range(60):
             scene = world.sample(split, i)
             for caption in [*world.captions(scene), world.full_caption(scene)]:
-                assert set(caption.split()) <= inputs.VOCABULARY
+                assert set(caption.split()) <= toys.VOCABULARY
     for turn in ("image", "text"):
         found = inputs.from_set("miniature", "test", turn, 20)
-        note, warning = inputs.toys("miniature", "miniature", found)
+        note, warning = toys.told("miniature", "miniature", found)
         assert "Toy models" in note and warning == ""
-        assert inputs.toys("vitb", "sd14", found) == ("", "")
+        assert toys.told("vitb", "sd14", found) == ("", "")
 
 
 def test_of_others_it_says_so(here):
     photo = inputs.from_arguments(["a.png", str(ROOT / "miniature/data/test/0000.png")])
-    assert inputs.strange(photo) == "1 of 2 pictures, not of their set (a.png)"
-    assert inputs.strange(inputs.from_arguments(["A red ring, on the sand!"])) == ""
-    assert inputs.strange(inputs.from_arguments(["a red cat"])) == "1 words (cat)"
-    note, warning = inputs.toys("vitb", "miniature", photo)
+    assert toys.strange(photo) == "1 of 2 pictures, not of their set (a.png)"
+    assert toys.strange(inputs.from_arguments(["A red ring, on the sand!"])) == ""
+    assert toys.strange(inputs.from_arguments(["a red cat"])) == "1 words (cat)"
+    note, warning = toys.told("vitb", "miniature", photo)
     assert warning.startswith("TOY MODELS: the generator of the miniature") and "captioner" not in note
     assert warning.endswith("the same command with --captioner vitb --generator sd14, and another --out")
 

@@ -196,10 +196,10 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
                                                  ("vitb", None, 5), ("vitb", "3", 5)])
 def test_the_miniature_takes_one_thread(name, told, threads):
     """Unless OMP_NUM_THREADS says otherwise; other models keep what there was."""
-    code = ("import torch, devices\n"
+    code = ("import torch\nfrom miniature import toys\n"
             "torch.set_num_threads(5)\n"
-            f"devices.tune_process({name!r})\n"
-            "print(torch.get_num_threads(), devices.keep_memory.cache_info().currsize)")
+            f"toys.tune_process({name!r})\n"
+            "print(torch.get_num_threads(), toys.keep_memory.cache_info().currsize)")
     assert run(code, OMP_NUM_THREADS=told) == [str(threads), str(int(name == "miniature"))]
 
 
@@ -208,12 +208,13 @@ def test_freed_memory_is_kept_for_the_miniature():
     """Page faults of the same allocations: few after the process was tuned for it, unless the
     environment objects."""
     code = """
-import resource, torch, devices
+import resource, torch
+from miniature import toys
 def faults():
     together = [torch.zeros(2 ** 22) for _ in range(6)]
     del together
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-devices.tune_process(NAME)
+toys.tune_process(NAME)
 torch.set_num_threads(1)
 faults()
 first = faults()

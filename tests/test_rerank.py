@@ -401,7 +401,7 @@ def test_words_of_the_chosen_caption(finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished, out)
     assert run("--limit", 3, "--words", out=out) == 0
     printed = capsys.readouterr().out
-    lines = [json.loads(x) for x in (out / "words.jsonl").read_text().splitlines()]
+    lines = [r for r in rows(out) if "words" in r]
     best = json.loads((out / "best.json").read_text())
     assert len(lines) == 3
     for r in lines:

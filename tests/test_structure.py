@@ -20,7 +20,7 @@ ROOMS = {"cycle": (), "bridge": ("script",), "losses": (), "metrics": (), "page"
          "batches": ("cycle", "data", "losses", "miniature", "records"),
          "checkpoints": ("captioners", "generators", "loading", "records"),
          "best_of_n": ("cycle", "data", "losses", "records"),
-         "inputs": ("annotations", "best_of_n", "data", "miniature", "records"),
+         "inputs": ("annotations", "best_of_n", "data", "records"),
          "outputs": ("best_of_n", "cycle", "data", "losses", "metrics", "page", "records")}
 PROGRAMS = {"rerank": "rerank.py", "finetune": "finetune.py", "evaluate": "evaluate.py",
             "bridge": "bridge.py", "data": "data.py"}

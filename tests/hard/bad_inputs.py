@@ -193,8 +193,7 @@ SHAPES = [
     ("o/best.json", "rerank a.png b.png", "done", {"": [[], None, "x", {"a.png": None}, {"a.png": {"by": 7}}]}),
     ("o/winners/metadata.jsonl", "rerank a.png b.png", "done", {"0": [None, 7, []], "0 file_name": [DROP, 7, None, []]}),
     ("o/revisions.json", "rerank a.png b.png set/3.png", "done", {"": [[], None, "x"], "x": [7, "y"]}),
-    ("o/words.jsonl", "rerank a.png b.png --words", "worded", {
-        "0 item": [DROP, []], "0 words": [DROP, "x", 7, [[1]], [["a", "b", "c"]]], "0 caption": [DROP, []]}),
+    (ROWS, "rerank a.png b.png --words", "worded", {"0 words": ["x", 7, [[1]], [["a", "b", "c"]]]}),
     ("o/captions-0.jsonl", "evaluate --data set", "scored", {
         "0 item": [DROP, [], None], "0 caption": [DROP, None, 7, []]}),
     ("o/images-0.jsonl", "evaluate --data set", "scored", {"0 picture": [DROP, 7, []], "0 item": [DROP, []]}),
@@ -344,7 +343,7 @@ case("control", "a formula as a caption", "given --captions w.json", taken(then=
 case("control", "a formula as a name", ["rerank", "=1+1.png"], taken(then=no_formula), {"=1+1.png": scene(1)})
 case("control", "a candidate's caption", "rerank a.png b.png", taken(then=plain_page), {"o": "done", ROWS: edit(0, "caption", ESC)})
 case("control", "a candidate's score", "rerank a.png b.png", met(ROWS, then=plain_page), {"o": "done", ROWS: (edit(0, "scores", ESC, 1.0), edit(1, "scores", ESC, 1.0))})
-case("control", "a candidate's word", "rerank a.png b.png --words", met("words.jsonl", then=plain_page), {"o": "worded", "o/words.jsonl": edit(0, "words", [[ESC, 1.0, 1.0]])})
+case("control", "a candidate's word", "rerank a.png b.png --words", met(ROWS, then=plain_page), {"o": "worded", ROWS: edit(0, "words", [[ESC, 1.0, 1.0]])})
 case("control", "settings of the folder", "rerank a.png b.png", refused(O), {"o": "done", OLD: edit("captioner", ESC)})
 case("control", "a checkpoint's settings", "finetune --data set", refused(O), {"o": "trained", CKPT: head("settings", "captioner", ESC)})
 case("control", "a checkpoint's data", "finetune --data set --steps 4", refused(O), {"o": "trained", CKPT: head("data", ESC)})

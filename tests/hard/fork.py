@@ -62,11 +62,11 @@ def warm():
     import transformers
     import transformers.generation.logits_process  # noqa: F401
     rooms = sorted({path.stem for path in ROOT.glob("*.py")} - SCRIPTS)
-    rooms = {name: importlib.import_module(name) for name in [*rooms, "miniature.world"]}
+    rooms = {name: importlib.import_module(name) for name in [*rooms, "miniature.world", "miniature.toys"]}
     captioners, generators, devices = (rooms[x] for x in ("captioners", "generators", "devices"))
 
     torch.set_num_threads(1)
-    devices.tune_process("miniature")
+    rooms["miniature.toys"].tune_process("miniature")
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     keep(captioners.Captioner, "load", devices.device_and_dtype)

@@ -160,8 +160,6 @@ def state(folder):
             kept = found.setdefault("o/" + path.name.split("-")[0], [])
             kept += [row_of(row) for row in lines(path)]
             kept.sort()
-        elif path.name == "words.jsonl":
-            found[name] = sorted(row_of(row) for row in lines(path))
         elif path.name == "results.json":
             found[name] = row_of(json.loads(path.read_text(encoding="utf-8")), "settings")
         else:

@@ -29,7 +29,6 @@ import data
 import inputs
 import loading
 import metrics
-import outputs
 import records
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -90,11 +89,9 @@ def readers(tmp_path_factory):
         "captions.json": [{"image_id": 1, "caption": "a ring"}, {"image_id": 2, "caption": "a wall"}],
         "refs.json": {"images": [{"id": 1, "domain": "x"}], "annotations": [{"image_id": 1, "caption": "a ring"}]},
         "sentences.json": ["a ring", "a wall"], "revisions.json": {"a/b": ["1"]},
-        "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.jsonl": '{"prompt": "a ring", "images": ["coco/0.png"]}\n',
-        "words.jsonl": '{"item": "a", "caption": "b", "picture": null, "words": [["b", 0.5, 0.25]]}\n'})
+        "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.jsonl": '{"prompt": "a ring", "images": ["coco/0.png"]}\n'})
     about = {"step": 1, "data": "x", "settings": {"captioner": "miniature", "lr": [0.1]}}
     save_file({"captioner.x": torch.zeros(2)}, folder / "checkpoint.safetensors", {"header": json.dumps(about)})
-    row = {"item": "a", "caption": "b", "picture": None}
     return {
         "Karpathy's file": (folder / "coco/dataset_coco.json", lambda: data.read(folder / "coco", "test")),
         "BLIP's file": (folder / "blip/coco_karpathy_test.json", lambda: data.read(folder / "blip", "test")),
@@ -107,13 +104,12 @@ def readers(tmp_path_factory):
         "given pictures": (folder / "shown.jsonl", lambda: inputs.given_pictures(folder / "shown.jsonl")),
         "candidates.jsonl": (folder / "done/candidates.jsonl", lambda: best_of_n.rank(best_of_n.finished(folder / "done", 2)[0])),
         "settings.json": (folder / "done/settings.json", lambda: records.same_settings(folder / "done", {"n": "2"})),
-        "words.jsonl": (folder / "words.jsonl", lambda: outputs.recall_words([dict(row)], folder)),
         "revisions.json": (folder / "revisions.json", lambda: loading.record_revisions(folder)),
         "a checkpoint's header": (folder / "checkpoint.safetensors", lambda: checkpoints.header(folder))}
 
 
 READERS = ("Karpathy's file", "BLIP's file", "NoCaps' file", "metadata.jsonl", "captions", "references", "sentences",
-           "given captions", "given pictures", "candidates.jsonl", "settings.json", "words.jsonl", "revisions.json")
+           "given captions", "given pictures", "candidates.jsonl", "settings.json", "revisions.json")
 
 
 def refused_well(read, *names):
