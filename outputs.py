@@ -86,12 +86,11 @@ def write_winners(ordered, by, out):
     ranking is overwritten."""
     folder = out / "winners"
     table = folder / "metadata.jsonl"
-    before = {}                                  # {picture's name: its caption, as it is by now}
-    for row in records.read_rows(table):
+    before, texts, used, changed = {}, {}, set(), 0
+    for row in records.read_rows(table):         # captions as they are by now
         path = folder / Path(records.the(row, "file_name", str, table)).name
         beside = path.with_suffix(".txt")
         before[path.name] = beside.read_bytes() if beside.exists() else None
-    used, written, changed = set(), [], 0
     with records.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for best, *_ in ordered.values():
@@ -105,19 +104,20 @@ def write_winners(ordered, by, out):
         with records.writing(folder / name):
             shutil.copyfile(source, folder / name)
         said = records.visible(text) + "\n"
-        changed += before.pop(name, None) not in (None, said.encode(errors="backslashreplace"))
+        changed += before.get(name) not in (None, said.encode(errors="backslashreplace"))
         records.write_text(folder / f"{stem}.txt", said)
-        written.append({"file_name": name, "text": text})
-    for name in before:
+        texts[name] = text
+    gone = before.keys() - texts.keys()
+    for name in gone:
         (folder / name).unlink(missing_ok=True)
         (folder / name).with_suffix(".txt").unlink(missing_ok=True)
-    records.write_rows(table, written)
-    line = f"{len(written)} winners are in {folder}"
-    if len(written) < len(ordered):
-        line += f"; {len(ordered) - len(written)} items have none"
-    if changed or before:
-        line += (f"; of those that were there, {changed} had another caption, and {len(before)} "
-                 "are removed")
+    records.write_rows(table, [{"file_name": name, "text": text} for name, text in texts.items()])
+    line = f"{len(texts)} winners are in {folder}"
+    if len(texts) < len(ordered):
+        line += f"; {len(ordered) - len(texts)} items have none"
+    if changed or gone:
+        line += (f"; of those that were there, {changed} had another caption, and {len(gone)} are "
+                 "removed")
     return line
 
 
@@ -215,7 +215,6 @@ def show(found, ordered, by, note, warning, undrawn, out):
                     "score": first["scores"][by],
                     "why": first["why"],
                 }
-    say_if_other(out / "best.json", by)
     records.write_json(out / "best.json", best)
     write_table(ordered, by, out / "candidates.csv")
     more = {"warning": warning, "undrawn": undrawn}
@@ -237,16 +236,6 @@ def show(found, ordered, by, note, warning, undrawn, out):
         show_worth(ordered, found.items, by, found.whole)
     if warning:
         print(warning)
-
-
-def say_if_other(path, by):
-    """Where best.json is of an earlier ranking by another score, says so."""
-    before = [by]
-    if path.exists():
-        before = re.findall(r'"by": "(\w+)"', records.read_text(path)) or ["none"]
-    if before[0] != by:
-        print(f"ranked by {by}, before by {before[0]}: {path}, candidates.csv, sheet, page and "
-              "winners are written anew")
 
 
 def show_worth(groups, items, by, whole=()):

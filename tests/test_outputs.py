@@ -1,6 +1,5 @@
 """outputs.py: the table, the winners, pairs, and what a choice is worth, read back by others."""
 import csv
-import json
 
 import datasets
 from PIL import Image
@@ -183,15 +182,3 @@ def test_reasons_in_words():
         "+0.200, within its error of 0.300: a tie with 3; +0.100 before 2, beyond its error of 0.050")
     assert why((None, None), (None, None))[0]["why"].startswith("no winner")
     assert why((1, 0), (None, None))[0]["why"] == "the only one that has a score"
-
-
-def test_best_json_says_who_ranked_before(tmp_path, capsys):
-    (tmp_path / "best.json").write_text(json.dumps({"a": {"by": "clip"}}))
-    outputs.say_if_other(tmp_path / "best.json", "clip")
-    assert capsys.readouterr().out == ""
-    outputs.say_if_other(tmp_path / "best.json", "both")
-    assert capsys.readouterr().out.startswith("ranked by both, before by clip")
-    (tmp_path / "best.json").write_text("[]")    # by hand
-    outputs.say_if_other(tmp_path / "best.json", "clip")
-    said = capsys.readouterr().out
-    assert said.startswith(f"ranked by clip, before by none: {tmp_path / 'best.json'}, ")
