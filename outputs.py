@@ -243,10 +243,7 @@ def show_worth(groups, items, by, whole=()):
     chooses, of the best; and whether what `by` gains is more than chance. whole: the items of the
     set, whose captions weigh n-grams, as in evaluate.py; default those of `items`."""
     some = [x for x in items if len(x.captions) > 1 and x.name in groups]
-    if len(some) == 1:
-        print("CIDEr of one picture is 0 by its definition: two or more show what the choice is "
-              "worth")
-    if len(some) < 2:
+    if len(some) < 2:                            # CIDEr of one is 0 by its definition
         return
     groups = {x.name: groups[x.name] for x in some}
     captions, references = [], []
@@ -279,12 +276,6 @@ def counted(groups):
     return f"N = {most}" if min(counts) == most else f"N = {min(counts)} to {most}"
 
 
-def some(names):
-    """The first five of different names."""
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-
-
 def odd(groups, given, by, generator, absent):
     """Lines on what of the ranked rows is not as it should be. absent: what is said of a winner
     that could have been drawn, and is not."""
@@ -295,14 +286,13 @@ def odd(groups, given, by, generator, absent):
     if cut:
         yield (f"{cut} of {len(rows)} captions are longer than the text encoder of {generator} "
                "reads: they were drawn and scored without their ends (`cut` in candidates.jsonl)")
-    lost = [row["item"] for row in rows if row.get("nan")]
+    lost = sum("nan" in row for row in rows)
     if lost:
-        yield (f"{len(lost)} pictures came out as no numbers and are neither kept nor scored (of "
-               f"{some(lost)}); --dtype float32 may help")
-    without = [row["item"] for row in rows if row["scores"].get(by) is None and "nan" not in row]
+        yield (f"{lost} pictures came out as no numbers and are neither kept nor scored (`nan` in "
+               "candidates.jsonl); --dtype float32 may help")
+    without = sum(row["scores"].get(by) is None and "nan" not in row for row in rows)
     if without:
-        yield (f"{len(without)} candidates have no score by {by} and can't win (of {some(without)}"
-               f"; generator {generator!r})")
+        yield f"{without} candidates have no score by {by} and can't win (null in candidates.jsonl)"
     unread = sum(len(given.get(name, rows)) - len(rows) for name, rows in groups.items())
     if unread:
         yield f"{unread} of the given pictures could not be read: they are not ranked"

@@ -588,7 +588,7 @@ def test_pictures_that_are_no_numbers(tmp_path, capsys, turn):
     files = {f"pictures/{p.name}" for p in (tmp_path / "out/pictures").iterdir()}
     assert files == {r["picture"] for r in found} - {None}
     said = capsys.readouterr().out
-    assert f"{len(lost)} pictures came out as no numbers" in said and lost[0]["item"] in said
+    assert f"{len(lost)} pictures came out as no numbers" in said
     assert "it came out as no numbers" in (tmp_path / "out/index.html").read_text()
 
 
