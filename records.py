@@ -194,10 +194,15 @@ def as_lines(rows):
 
 
 # ---------------------------------------------------------------- a folder that is one run's
-def claim(folder):
+def claim(folder, written=()):
     """Makes a folder, and makes it this process's own until it ends; of torchrun's processes the
-    first holds it for all. ValueError where another run has it."""
+    first holds it for all. ValueError where another run has it, or where files of the names that
+    are to be `written` lie in it that no run has written."""
     folder = Path(folder).absolute()
+    here = [name for name in written if (folder / name).exists()]
+    if here and not ((folder / ".lock").exists() or (folder / "settings.json").exists()):
+        raise ValueError(f"{folder} holds {', '.join(here)} of no run of ours: choose another "
+                         "--out")
     if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
         return
     command = shlex.join(["python", *sys.orig_argv[1:]])

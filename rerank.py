@@ -178,14 +178,8 @@ def default_folder(settings):
 def claimed(out, settings):
     """Claims a folder. Refuses one that another process works in, that holds another run, or files
     of these names that are nobody's."""
-    if (out / "settings.json").exists():
-        records.same_settings(out, settings)
-    else:
-        here = [name for name in WRITTEN if (out / name).exists()]
-        if here and WRITTEN[0] not in here:      # a run's, whose settings were removed
-            raise ValueError(f"{out} holds {', '.join(here)} of no run of this script: choose "
-                             "another --out")
-    records.claim(out)
+    records.same_settings(out, settings, write=False)
+    records.claim(out, WRITTEN)
     return out
 
 
