@@ -19,10 +19,6 @@ import records
 from best_of_n import IMAGE, TEXT
 from records import the
 
-# the keys of rows that hold pictures that exist
-PROMPT = ("prompt", "caption", "text")
-PICTURES = ("images", "pictures", "image", "file_name")
-
 
 @dataclass
 class Inputs:
@@ -166,10 +162,11 @@ def given_captions(path, limit=None, items=()):
 
 
 def given_pictures(path, limit=None):
-    """Prompts with pictures that exist: of JSON {prompt: pictures}; of JSON lines, or a JSON list,
-    of rows {"prompt", "images"}; or of a folder with a folder of pictures for each prompt, which is
-    its name, or the text of a prompt.txt in it. Raises ValueError for others."""
+    """Prompts with pictures that exist: of JSON {prompt: [pictures]}, or of a folder with a folder
+    of pictures for each prompt, which is its name, or the text of a prompt.txt in it. Raises
+    ValueError for others."""
     table = {}
+    check_there(path)
     if os.path.isdir(path):
         for folder in sorted(Path(path).iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
@@ -177,38 +174,17 @@ def given_pictures(path, limit=None):
                 prompt = " ".join(records.read_lines(says)) if says.exists() else folder.name
                 table.setdefault(prompt, []).extend(item.path for item in data.read(folder))
     else:
-        for prompt, files in prompts_in(path).items():
-            table[prompt] = [picture_file(file, path) for file in files]
-    if not table or "" in table:
+        found = records.load_json(path)
+        for prompt in found if isinstance(found, dict) else ():
+            files = table.setdefault(records.one_line(prompt, path), [])
+            for name in the(found, prompt, list, path):
+                files.append(picture_file(name, path))
+    if not table or "" in table or not all(table.values()):
         raise ValueError(f"{path}: expected a folder of pictures for each prompt, or JSON "
                          "{prompt: [pictures]}, and no empty prompt")
     out = Inputs(TEXT, [data.Item(prompt, None, [prompt]) for prompt in table][:limit])
     out.given = {item.name: table[item.name] for item in out.items}
     return out
-
-
-def prompts_in(path):
-    """{prompt: names of pictures} of a file of JSON {prompt: pictures}, or of rows with one of
-    PROMPT and one of PICTURES; rows of one prompt are put together."""
-    table = {}
-    check_there(path)
-    if str(path).endswith(".json"):
-        rows = records.load_json(path)
-    else:
-        rows = records.read_rows(path, whole=True)
-    if isinstance(rows, dict):
-        rows = [{"prompt": prompt, "images": names} for prompt, names in rows.items()]
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected {{prompt: [pictures]}}, or rows of both")
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        prompt = the(row, PROMPT, str, where)
-        names = the(row, PICTURES, (str, list), where)
-        names = [names] if isinstance(names, str) else names
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{where}: expected names of pictures, not {ascii(names)[:60]}")
-        table.setdefault(records.one_line(prompt, where), []).extend(names)
-    return table
 
 
 def check_there(path):
@@ -230,6 +206,8 @@ def item_of(row, path, known):
 
 def picture_file(name, path):
     """The picture that a file at `path` names: beside it, or from here."""
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: expected names of pictures, not {ascii(name)[:60]}")
     beside = Path(path).parent / name
     if os.path.exists(name) and not beside.exists():
         return data.inside(Path(name), Path(), path)

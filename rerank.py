@@ -60,8 +60,8 @@ def flags(argv=None):
     p.add_argument("--captions", help="captions that exist: JSON {picture: [captions]}, JSON lines "
                    "{image, captions}, or a folder of pictures with .txt beside them; pictures may "
                    "be those of --data, by name")
-    p.add_argument("--images", help="pictures that exist: JSON {prompt: [pictures]}, JSON lines "
-                   "{prompt, images}, or a folder with a folder of pictures a prompt")
+    p.add_argument("--images", help="pictures that exist: JSON {prompt: [pictures]}, or a folder "
+                   "with a folder of pictures a prompt")
     p.add_argument("--data", help="a set for inputs, if none are given, and for references")
     p.add_argument("--split", help="of --data: val, test (default); in, near, out, nocaps (of it)")
     p.add_argument("--anywhere", action="store_true", help="pictures that a file names may lie out "

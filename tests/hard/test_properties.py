@@ -89,7 +89,7 @@ def readers(tmp_path_factory):
         "captions.json": [{"image_id": 1, "caption": "a ring"}, {"image_id": 2, "caption": "a wall"}],
         "refs.json": {"images": [{"id": 1, "domain": "x"}], "annotations": [{"image_id": 1, "caption": "a ring"}]},
         "sentences.json": ["a ring", "a wall"], "revisions.json": {"a/b": ["1"]},
-        "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.jsonl": '{"prompt": "a ring", "images": ["coco/0.png"]}\n'})
+        "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.json": {"a ring": ["coco/0.png"]}})
     about = {"step": 1, "data": "x", "settings": {"captioner": "miniature", "lr": [0.1]}}
     save_file({"captioner.x": torch.zeros(2)}, folder / "checkpoint.safetensors", {"header": json.dumps(about)})
     return {
@@ -101,7 +101,7 @@ def readers(tmp_path_factory):
         "references": (folder / "refs.json", lambda: annotations.by_key(folder / "refs.json")),
         "sentences": (folder / "sentences.json", lambda: inputs.sentences_in(str(folder / "sentences.json"))),
         "given captions": (folder / "given.json", lambda: inputs.given_captions(folder / "given.json")),
-        "given pictures": (folder / "shown.jsonl", lambda: inputs.given_pictures(folder / "shown.jsonl")),
+        "given pictures": (folder / "shown.json", lambda: inputs.given_pictures(folder / "shown.json")),
         "candidates.jsonl": (folder / "done/candidates.jsonl", lambda: best_of_n.rank(best_of_n.finished(folder / "done", 2)[0])),
         "settings.json": (folder / "done/settings.json", lambda: records.same_settings(folder / "done", {"n": "2"})),
         "revisions.json": (folder / "revisions.json", lambda: loading.record_revisions(folder)),
