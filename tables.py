@@ -305,7 +305,7 @@ def score_of(name, values):
     if name in ("FID", "FD-DINO"):
         return metrics.frechet(values[:, 0], values[:, 1])
     if name == "IS":
-        return metrics.inception_score(values)[0]
+        return metrics.inception_score(values)
     if not np.isfinite(values).any():
         return math.nan
     return scale * float(np.nanmean(values))

@@ -117,7 +117,7 @@ def test_sets_of_pictures_are_scored_as_sets(tmp_path, monkeypatch, images):
     real = [see(data.open_image(item.path)) for item in items]
     fid = metrics.frechet(np.concatenate([f for f, _ in drawn]),
                           np.concatenate([f for f, _ in real]))
-    score, _ = metrics.inception_score(np.concatenate([logits for _, logits in drawn]))
+    score = metrics.inception_score(np.concatenate([logits for _, logits in drawn]))
     assert rows["all"]["FID"] == pytest.approx(fid) and rows["all"]["IS"] == pytest.approx(score)
     assert rows["in"]["FID"] > 0 and rows["out"]["FID"] is rows["out"]["IS"] is None
     assert rows["all"]["CLIP"] is rows["all"]["FD-DINO"] is None
