@@ -36,8 +36,8 @@ def load(names, kind, place="hub", device="cpu", inception=None):
     """({name: judge}, {name: why it is absent, and the remedy}) of the judges called `names`.
 
     kind: "image" or "text". place: "hub" (the paper's encoders), "cache" (those of them that were
-    fetched before), "miniature", or a folder that holds clip/, dino/, sbert/. inception: a file of
-    its weights. Raises ValueError for an unknown name.
+    fetched before), "miniature", "none", or a folder that holds clip/, dino/, sbert/. inception: a
+    file of its weights. Raises ValueError for an unknown name.
     """
     if place not in PLACES and not Path(place).is_dir():
         raise ValueError(f"--judges {place}: it is one of {', '.join(PLACES)}, or a folder")
@@ -60,6 +60,8 @@ def load(names, kind, place="hub", device="cpu", inception=None):
 
 def encoder(name, kind, place, device):
     """The Encoder of a name, for images or text (CLIP for both). Raises ValueError."""
+    if place == "none":
+        raise ValueError("name --judges hub, miniature or a folder")
     folder = HERE / "miniature" if place == "miniature" else Path(place)
     where = HUB[name] if place in ("hub", "cache") else str(folder / name)
     if where != HUB[name] and not Path(where).is_dir():
