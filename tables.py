@@ -163,13 +163,13 @@ def likenesses(captions, references, found, notes, glove=None):
     return out
 
 
-def picture_likenesses(files, paths, place, device, notes):
-    """How alike n pictures are to n others: {"CLIP", "DINO": (n,)}, higher is more alike."""
+def picture_likenesses(files, items, place, device, notes):
+    """How alike n pictures are to those of n items: {"CLIP", "DINO": (n,)}, higher: more alike."""
     found = load_judges(("clip", "dino"), "image", place, device, notes)
     out = {name: [] for name in found}
-    for file, path in zip(files, paths):
+    for file, item in zip(files, items):
         drawn = data.open_image(file)[None]
-        real = data.open_image(path)[None]
+        real = data.open_image(item.path)[None]
         for name, judge in found.items():
             out[name] += judge.alike(drawn, real).tolist()
     return {name: np.array(values) for name, values in out.items()}
@@ -222,8 +222,7 @@ def findings(folder, items, place, device, notes, glove=None):
         quality |= likenesses(captions, references, judges_of_text, notes, glove)
     else:
         files = [folder / row["picture"] for row in rows]
-        paths = [x.path for x in owners]
-        quality = picture_likenesses(files, paths, place, device, notes)
+        quality = picture_likenesses(files, owners, place, device, notes)
     ends = np.cumsum([len(group) for group in groups.values()])[:-1]
     domains = by_domain(chosen)
     out = {}

@@ -154,7 +154,7 @@ def test_every_process_takes_its_share(tmp_path, monkeypatch, whole, captioner):
             path.rename(path.with_suffix(".hidden"))
         todo = evaluate.share(items, tmp_path, "captions")
         path = tmp_path / f"captions-{rank}.jsonl"
-        evaluate.say(todo, path, captioner, "beam", 0, 40)
+        records.append_rows(path, evaluate.say(captioner, todo, tmp_path, "beam", 0))
     for path in tmp_path.glob("*.hidden"):
         path.rename(path.with_suffix(".jsonl"))
     files = sorted(tmp_path.glob("captions-*.jsonl"))
