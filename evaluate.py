@@ -118,7 +118,8 @@ def defaults(args):
         args.judges = args.judges or judges.default_place(args.captioner, args.generator)
         args.data = args.data or "miniature"
         args.split = args.split or data.default_split(args.data)
-        args.limit = args.limit or (100 if args.data == "miniature" else None)
+        if args.data == "miniature":
+            args.limit = args.limit or 100
     folder = {"set": "evaluate", "labelfree": "label-free"}.get(args.job, args.job)
     files = args.compare or [args.score or args.captions or ""]
     out = Path("out", folder, "-".join(Path(file).stem for file in files))
@@ -187,8 +188,10 @@ def readable(items):
 def say(captioner, items, out, way, seed):
     """{item, caption} of each picture that can be read."""
     found, images = readable(items)
+    if not found:
+        return []
     names = [x.name for x in found]
-    said = captioner.speak(images, 1, way, seed, names)[0] if names else []
+    said, _ = captioner.speak(images, 1, way, seed, names)
     return [{"item": name, "caption": caption} for name, (caption,) in zip(names, said)]
 
 
@@ -237,19 +240,20 @@ def work(items, out, speakers, ckpt, device, dtype, settings, batch, how):
 
 
 # ---------------------------------------------------------------- Tables 3 and 4
-def tell_lost(lost, n, notes, could="could be read", could_not="could not be read"):
-    """Notes how many of n pictures are lost; ValueError where all are."""
-    if lost == n:
+def tell_lost(found, items, notes, could="could be read", could_not="could not be read"):
+    """Notes of how many items nothing was found; ValueError where it is all."""
+    n = len(items)
+    if not found:
         raise ValueError(f"none of the {n} pictures {could}: nothing was evaluated")
-    if lost:
-        notes.append(f"{lost} of {n} pictures {could_not}")
+    if len(found) < n:
+        notes.append(f"{n - len(found)} of {n} pictures {could_not}")
 
 
 def table_3(items, out, place, device, notes, glove, ci):
     """Rows of what was said of the items."""
     rows = kept(out, "captions")
     some = [x for x in items if x.name in rows]
-    tell_lost(len(items) - len(some), len(items), notes)
+    tell_lost(some, items, notes)
     captions = [rows[x.name]["caption"] for x in some]
     return tables.of_captions(some, captions, place, device, notes, glove, ci)
 
@@ -259,7 +263,7 @@ def table_4(items, out, place, device, notes, inception, ci):
     rows = kept(out, "images")
     lost = [x.name for x in items if not rows.get(x.name, {}).get("picture")]
     some = [x for x in items if x.name not in lost]
-    tell_lost(len(lost), len(items), notes, "came out as numbers (try --dtype float32)",
+    tell_lost(some, items, notes, "came out as numbers (try --dtype float32)",
               "came out as no numbers and are left out (try --dtype float32): " + ", ".join(lost))
     cut = sum(rows[x.name].get("cut", False) for x in some)
     if cut:
@@ -286,7 +290,7 @@ def label_free(items, captions, generator, draws, seed, batch, notes):
             value, error = losses.mean_and_error(loss)
             files = [x.path.name for x in found]
             rows += zip(files, texts, (-value).tolist(), error.tolist())
-    tell_lost(len(items) - len(rows), len(items), notes)
+    tell_lost(rows, items, notes)
     _, texts, scores, _ = zip(*rows)
     cut = sum(generator.too_long(texts))
     if cut:
@@ -317,7 +321,7 @@ def write(results, out):
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
     before = earlier(out)
-    if before and any(before.get(name) != plain[name] for name in plain.keys() - {"notes"}):
+    if before and before | {"notes": []} != plain | {"notes": []}:
         plain["notes"].append(f"{path} held other results: replaced")
     records.write_json(path, plain)
     text = tables.report(results)
