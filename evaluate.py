@@ -47,6 +47,7 @@ JOBS = {
     "findings": ("findings", "data", "split", "judges", "glove"),
     "set": ("captioner", "generator", "ckpt", "data", "split", "limit", "only", "ci", "way",
             "steps", "guidance", "seed", "batch", "judges", "glove", "inception", "dtype")}
+SPEAKERS = {"captions": Captioner, "images": Generator}
 FREE = {"limit", "only", "ci", "batch", "judges", "glove", "inception"}     # as a folder goes on
 
 
@@ -92,10 +93,10 @@ def flags(argv=None):
     if len(asked) > 1:
         raise ValueError(f"--{asked[0]} and --{asked[1]} are jobs of their own: give one")
     args.job = (asked or ["set"])[0]
-    for name in sorted(script.typed(p, args) - {*JOBS[args.job], "out", "device", "job"}):
-        if name != "anywhere":
-            raise ValueError(f"--{name} does nothing with --{args.job}" if asked else
-                             f"--{name} does nothing without --score, --compare or --label-free")
+    known = {*JOBS[args.job], "out", "device", "job", "anywhere"}
+    for name in sorted(script.typed(p, args) - known):
+        raise ValueError(f"--{name} does nothing with --{args.job}" if asked else
+                         f"--{name} does nothing without --score, --compare or --label-free")
     if args.job in ("score", "compare") and not args.refs:
         raise ValueError(f"--{args.job} needs --refs")
     if args.job == "labelfree" and not (args.images and args.captions):
@@ -118,28 +119,21 @@ def defaults(args):
         args.judges = args.judges or judges.default_place(args.captioner, args.generator)
         args.data = args.data or "miniature"
         args.split = args.split or data.default_split(args.data)
-        args.limit = args.limit or (100 if args.data == "miniature" else None)
-    args.out = args.out or folder_of(args.job, args.score or args.captions, args.compare,
-                                     args.findings)
+        if args.data == "miniature":
+            args.limit = args.limit or 100
+    folder = {"set": "evaluate", "labelfree": "label-free"}.get(args.job, args.job)
+    files = args.compare or [args.score or args.captions or ""]
+    out = Path("out", folder, "-".join(Path(file).stem for file in files))
+    if args.job == "findings":
+        out = args.findings / "findings"
+    args.out = args.out or out
     return args
-
-
-def folder_of(job, captions, pair, rerank):
-    """Where a job's results go where --out does not say: beside nothing of another."""
-    if job == "compare":
-        return Path("out/compare", "-".join(Path(path).stem for path in pair))
-    if job == "findings":
-        return rerank / "findings"
-    if captions:
-        return Path("out", "label-free" if job == "labelfree" else job, captions.stem)
-    return Path("out/evaluate")
 
 
 # ---------------------------------------------------------------- the work that is kept
 def items_of(root, split=None, limit=None):
     """(the items of a split that have captions, at most `limit` of each domain; a short name of
     the whole split)."""
-    split = split or data.default_split(root)
     seen, out = Counter(), []
     whole = data.read(root, split)
     for item in whole:
@@ -192,112 +186,95 @@ def readable(items):
     return found, images
 
 
-def say(items, path, captioner, way, seed, batch):
-    """A caption of each picture, appended to path: {item, caption}."""
-    for some in batches(items, batch, "captions"):
-        found, images = readable(some)
-        names = [x.name for x in found]
-        if names:
-            said = captioner.speak(images, 1, way, seed, names)[0]
-            records.append_rows(path, [{"item": n, "caption": c[0]} for n, c in zip(names, said)])
+def say(captioner, items, out, way, seed):
+    """{item, caption} of each picture that can be read."""
+    found, images = readable(items)
+    if not found:
+        return []
+    names = [x.name for x in found]
+    said, _ = captioner.speak(images, 1, way, seed, names)
+    return [{"item": name, "caption": caption} for name, (caption,) in zip(names, said)]
 
 
-def draw(items, path, generator, steps, guidance, seed, batch):
-    """A picture of each first caption, appended to path: {item, cut, picture}; cut: the caption is
+def draw(generator, items, out, **settings):
+    """{item, cut, picture} of each first caption, the pictures saved in `out`; cut: the caption is
     longer than the text encoder reads; a picture that is no numbers is None."""
-    for some in batches(items, batch, "images"):
-        names = [x.name for x in some]
-        captions = [x.captions[0] for x in some]
-        made = generator.draw(captions, names, seed, steps=steps, guidance=guidance, batch=batch)
-        cut = [False] * len(some)
-        if hasattr(generator, "too_long"):
-            cut = generator.too_long(captions)
-        rows = []
-        for name, long, image in zip(names, cut, made):
+    names = [x.name for x in items]
+    captions = [x.captions[0] for x in items]
+    made = generator.draw(captions, names, **settings)
+    cut = [False] * len(items)
+    if hasattr(generator, "too_long"):
+        cut = generator.too_long(captions)
+    rows = []
+    for name, long, image in zip(names, cut, made):
+        file = None
+        if image.isfinite().all():
             file = f"pictures/{data.picture_name(name)}.png"
-            if image.isfinite().all():
-                data.save_image(image, path.parent / file)
-            else:
-                file = None
-            rows.append({"item": name, "cut": long, "picture": file})
-        records.append_rows(path, rows)
+            data.save_image(image, out / file)
+        rows.append({"item": name, "cut": long, "picture": file})
+    return rows
 
 
-def work(items, out, speakers, ckpt, device, dtype, settings, saying, drawing):
-    """Says and draws what is not done yet, each process its share. speakers: captioner and
-    generator by name, None where their table is not asked for; saying, drawing: more arguments of
-    `say` and `draw`."""
+def work(items, out, speakers, ckpt, device, dtype, settings, batch, how):
+    """Says and draws what is not done yet, each process its share. speakers: {"captions": name of
+    the captioner, "images": of the generator}, those that are asked for; how: {the same: more
+    arguments of `say` and `draw`}."""
     rank, world = records.rank_and_world()
-    unsaid = share(items, out, "captions") if speakers[0] else []
-    undrawn = share(items, out, "images") if speakers[1] else []
-    captioner = generator = None                               # both are there before the work
-    if unsaid:
-        captioner = Captioner.load(speakers[0], device, dtype)
-    if undrawn:
-        generator = Generator.load(speakers[1], device, dtype)
+    todo, models = {}, {}
+    for kind, name in speakers.items():                        # all are there before the work
+        todo[kind] = share(items, out, kind)
+        if todo[kind]:
+            models[kind] = SPEAKERS[kind].load(name, device, dtype)
     if ckpt:
-        loading.load_trained(ckpt, captioner, generator)
+        loading.load_trained(ckpt, models.get("captions"), models.get("images"))
     loading.record_revisions(out)
     if rank == 0:
         records.same_settings(out, settings)
-    if unsaid:
-        say(unsaid, out / f"captions-{rank}.jsonl", captioner, **saying)
-    if undrawn:
-        draw(undrawn, out / f"images-{rank}.jsonl", generator, **drawing)
+    for kind, model in models.items():
+        rows_of = say if kind == "captions" else draw
+        for some in batches(todo[kind], batch, kind):
+            rows = rows_of(model, some, out, **how[kind])
+            records.append_rows(out / f"{kind}-{rank}.jsonl", rows)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- Tables 3 and 4
+def tell_lost(found, items, notes, could="could be read", could_not="could not be read"):
+    """Notes of how many items nothing was found; ValueError where it is all."""
+    n = len(items)
+    if not found:
+        raise ValueError(f"none of the {n} pictures {could}: nothing was evaluated")
+    if len(found) < n:
+        notes.append(f"{n - len(found)} of {n} pictures {could_not}")
+
+
 def table_3(items, out, place, device, notes, glove, ci):
-    """{"captions": rows} of what was said of the items."""
+    """Rows of what was said of the items."""
     rows = kept(out, "captions")
     some = [x for x in items if x.name in rows]
-    if not some:
-        raise ValueError(f"none of the {len(items)} pictures could be read: nothing was evaluated")
-    if len(some) < len(items):
-        notes.append(f"{len(items) - len(some)} of {len(items)} pictures could not be read")
+    tell_lost(some, items, notes)
     captions = [rows[x.name]["caption"] for x in some]
-    return {"captions": tables.of_captions(some, captions, place, device, notes, glove, ci)}
+    return tables.of_captions(some, captions, place, device, notes, glove, ci)
 
 
 def table_4(items, out, place, device, notes, inception, ci):
-    """{"images": rows} of what was drawn for the items."""
+    """Rows of what was drawn for the items."""
     rows = kept(out, "images")
-    some = [x for x in items if rows.get(x.name, {}).get("picture")]
-    known = {x.name for x in some}
-    lost = [x.name for x in items if x.name not in known]
-    if lost:
-        notes.append(f"{len(lost)} of {len(items)} pictures came out as no numbers and are left "
-                     f"out (try --dtype float32): {', '.join(lost)}")
-    if not some:
-        raise ValueError(f"none of the {len(items)} pictures came out as numbers: nothing was "
-                         "evaluated; try --dtype float32")
+    lost = [x.name for x in items if not rows.get(x.name, {}).get("picture")]
+    some = [x for x in items if x.name not in lost]
+    tell_lost(some, items, notes, "came out as numbers (try --dtype float32)",
+              "came out as no numbers and are left out (try --dtype float32): " + ", ".join(lost))
     cut = sum(rows[x.name].get("cut", False) for x in some)
     if cut:
         notes.append(f"{cut} captions are longer than the text encoder reads: drawn without their "
                      "ends")
     files = [out / rows[x.name]["picture"] for x in some]
-    return {"images": tables.of_pictures(some, files, place, device, notes, inception, ci)}
+    return tables.of_pictures(some, files, place, device, notes, inception, ci)
 
 
-# ---------------------------------------------------------------- captions of others
-def score(path, refs, images, place, device, notes, glove, ci):
-    """{"captions": rows} of a file of captions."""
-    items, (captions,) = inputs.matched([path], refs, notes, images)
-    pictures = images is not None
-    rows = tables.of_captions(items, captions, place, device, notes, glove, ci, pictures)
-    return {"captions": rows}
-
-
-def compare(paths, refs, images, place, device, notes, glove):
-    """{"compare": {"metric, domain": b - a}} of two files of captions."""
-    items, (a, b) = inputs.matched(paths, refs, notes, images)
-    rows = tables.compared(items, a, b, place, device, notes, glove, images is not None)
-    return {"compare": rows}
-
-
+# ---------------------------------------------------------------- without references
 def label_free(items, captions, generator, draws, seed, batch, notes):
     """How much captions help the generator to denoise their pictures, those of items: score,
     standard error, mean of all. Nothing is drawn; all meet the same timesteps and noise."""
@@ -314,33 +291,29 @@ def label_free(items, captions, generator, draws, seed, batch, notes):
             value, error = losses.mean_and_error(loss)
             files = [x.path.name for x in found]
             rows += zip(files, texts, (-value).tolist(), error.tolist())
-    if not rows:
-        raise ValueError(f"none of the {len(items)} pictures could be read: nothing was evaluated")
-    if len(rows) < len(items):
-        notes.append(f"{len(items) - len(rows)} of {len(items)} pictures could not be read")
+    tell_lost(rows, items, notes)
     _, texts, scores, _ = zip(*rows)
     cut = sum(generator.too_long(texts))
     if cut:
         notes.append(f"{cut} captions are longer than the text encoder reads: scored in part")
     low, high = metrics.interval(scores)
     columns = "item", "caption", "score", "error"
-    found = {"score": "denoising loss under the empty caption - under the caption",
-             "n": len(rows), "draws": draws, "mean": float(np.mean(scores)), "low": low,
-             "high": high, "items": [dict(zip(columns, row)) for row in rows]}
-    return {"label_free": found}
+    return {"score": "denoising loss under the empty caption - under the caption",
+            "n": len(rows), "draws": draws, "mean": float(np.mean(scores)), "low": low,
+            "high": high, "items": [dict(zip(columns, row)) for row in rows]}
 
 
 # ---------------------------------------------------------------- what comes of it
-def check_results(out):
-    """Refuses a folder whose results.json or table.txt is nobody's of this script."""
+def earlier(out):
+    """The results that a folder holds, {} where there are none. Refuses one whose results.json or
+    table.txt is nobody's of this script."""
     path = out / "results.json"
-    ours = False
-    if path.exists():
-        found = records.load_json(path)
-        ours = isinstance(found, dict) and {"notes", "settings"} <= found.keys()
+    found = records.load_json(path) if path.exists() else {}
+    ours = isinstance(found, dict) and {"notes", "settings"} <= found.keys()
     here = [name for name in ("results.json", "table.txt") if (out / name).exists()]
     if here and not ours:
         raise ValueError(f"{out / here[0]} is of no run of this script: choose another --out")
+    return found
 
 
 def write(results, out):
@@ -348,10 +321,9 @@ def write(results, out):
     path = out / "results.json"
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
-    if path.exists():
-        before = records.load_json(path)
-        if any(before.get(name) != plain[name] for name in plain.keys() - {"notes"}):
-            plain["notes"].append(f"{path} held other results: replaced")
+    before = earlier(out)
+    if before and before | {"notes": []} != plain | {"notes": []}:
+        plain["notes"].append(f"{path} held other results: replaced")
     records.write_json(path, plain)
     text = tables.report(results)
     records.write_text(out / "table.txt", records.visible(text) + "\n")
@@ -376,17 +348,21 @@ def main(args):
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
-        check_results(args.out)
+        earlier(args.out)
         records.claim(args.out)
     if processes > 1 and args.job == "set":
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.barrier()
-    notes = []
+    notes, results = [], {}
     with_notes = args.judges, device, notes
+    if args.job in ("score", "compare"):
+        files = args.compare or [args.score]
+        items, said = inputs.matched(files, args.refs, notes, args.images)
+        how = {"glove": args.glove, "pictures": args.images is not None}
     if args.job == "score":
-        results = score(args.score, args.refs, args.images, *with_notes, args.glove, args.ci)
+        results["captions"] = tables.of_captions(items, *said, *with_notes, ci=args.ci, **how)
     elif args.job == "compare":
-        results = compare(args.compare, args.refs, args.images, *with_notes, args.glove)
+        results["compare"] = tables.compared(items, *said, *with_notes, **how)
     elif args.job == "labelfree":
         items, captions = inputs.pictured(args.captions, args.refs, args.images, notes)
         generator = Generator.load(args.generator, args.device, args.dtype)
@@ -394,7 +370,8 @@ def main(args):
             loading.load_trained(args.ckpt, None, generator)
         if args.generator == "miniature":
             notes.append("the miniature's generator knows no photographs: say --generator sd14")
-        results = label_free(items, captions, generator, args.draws, args.seed, args.batch, notes)
+        results["label_free"] = label_free(items, captions, generator, args.draws, args.seed,
+                                           args.batch, notes)
     elif args.job == "findings":
         results = tables.findings(args.findings, items, *with_notes, args.glove)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -405,19 +382,19 @@ def main(args):
     else:
         if args.inception and args.only != "captions":
             judges.inception_weights(args.inception)           # now, not after the work
-        speakers = (args.captioner if args.only != "images" else None,
-                    args.generator if args.only != "captions" else None)
-        saying = {"way": args.way, "seed": args.seed, "batch": args.batch}
-        drawing = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed,
-                   "batch": args.batch}
-        work(items, args.out, speakers, args.ckpt, args.device, args.dtype, binds, saying, drawing)
+        speakers = {"captions": args.captioner, "images": args.generator}
+        if args.only:
+            speakers = {args.only: speakers[args.only]}
+        how = {"captions": {"way": args.way, "seed": args.seed},
+               "images": {"steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+                          "batch": args.batch}}
+        work(items, args.out, speakers, args.ckpt, args.device, args.dtype, binds, args.batch, how)
         if process > 0:
             return 0
-        results = {}
-        if args.only != "images":
-            results |= table_3(items, args.out, *with_notes, args.glove, args.ci)
-        if args.only != "captions":
-            results |= table_4(items, args.out, *with_notes, args.inception, args.ci)
+        if "captions" in speakers:
+            results["captions"] = table_3(items, args.out, *with_notes, args.glove, args.ci)
+        if "images" in speakers:
+            results["images"] = table_4(items, args.out, *with_notes, args.inception, args.ci)
     settings = {name: getattr(args, name) for name in JOBS[args.job]}
     results |= {"notes": notes, "settings": settings, "revisions": loading.REVISIONS}
     write(results, args.out)

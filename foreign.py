@@ -46,17 +46,16 @@ def guarded(name, f, *args, **more):
 
 def speak(name, f, images, n=10, *args, **more):
     found = guarded(name, f, images, n, *args, **more)
-    captions = None
-    if isinstance(found, tuple) and len(found) == 2:
-        captions = found[0]
-    fits = isinstance(captions, list) and len(captions) == len(images)
-    if fits:
-        kinds = [list(map(type, row)) for row in captions if isinstance(row, list)]
-        fits = kinds == [[str] * n] * len(images)
-    if not fits:
+    try:
+        captions, log_p = found
+        captions = list(captions)
+        kinds = [[type(row), *map(type, row)] for row in captions]
+    except (TypeError, ValueError):
+        kinds = None
+    if kinds != [[list] + [str] * n] * len(images):
         raise ValueError(f"{name}: expected {n} captions of each of {len(images)} images, and "
                          f"their log-likelihoods, not {short(found)}")
-    return captions, numbers(name, found[1], (len(images), n))
+    return captions, numbers(name, log_p, (len(images), n))
 
 
 def likelihood(name, f, images, captions, *args, **more):
@@ -65,15 +64,12 @@ def likelihood(name, f, images, captions, *args, **more):
 
 def draw(name, f, captions, *args, **more):
     found = guarded(name, f, captions, *args, **more)
-    shape = tuple(getattr(found, "shape", ()))
-    fits = len(shape) == 4 and shape[:2] == (len(captions), 3)
-    if not fits or 0 in shape or not found.is_floating_point():
-        raise ValueError(f"{name}: expected floats ({len(captions)}, 3, H, W), not {short(found)} "
-                         f"{shape}")
-    known = found.float().nan_to_num(0.5)        # nan stays: best_of_n.py counts it
-    if not -0.01 <= known.min() <= known.max() <= 1.01:
-        raise ValueError(f"{name}: expected values in [0, 1], not {known.min():g} to "
-                         f"{known.max():g}")
+    floats = torch.is_tensor(found) and found.is_floating_point() and found.numel()
+    if not floats or found.shape[:-2] != (len(captions), 3):
+        raise ValueError(f"{name}: expected floats ({len(captions)}, 3, H, W), not {short(found)}")
+    low, high = found.float().nan_to_num(0.5).aminmax()        # nan stays: best_of_n.py counts it
+    if low < -0.01 or high > 1.01:
+        raise ValueError(f"{name}: expected values in [0, 1], not {low:g} to {high:g}")
     return found.float().cpu().clamp(0, 1)
 
 
@@ -81,16 +77,16 @@ def numbers(name, values, shape):
     """Values as finite float64 of a shape."""
     try:
         found = torch.as_tensor(values).double().cpu()
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{name}: expected log-likelihoods, not {short(values)}") from e
-    if found.shape != shape or not found.isfinite().all():
-        raise ValueError(f"{name}: expected finite log-likelihoods {shape}, not {short(values)} "
-                         f"{tuple(found.shape)}")
+        fits = found.shape == shape and found.isfinite().all()
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{name}: expected finite log-likelihoods {shape}, not {short(values)}")
     return found
 
 
 def short(x):
-    return ascii(x)[:60]
+    return f"{ascii(x)[:60]} {getattr(x, 'shape', '')}"
 
 
 CHECKED = {"speak": speak, "likelihood": likelihood, "draw": draw}

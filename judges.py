@@ -36,8 +36,8 @@ def load(names, kind, place="hub", device="cpu", inception=None):
     """({name: judge}, {name: why it is absent, and the remedy}) of the judges called `names`.
 
     kind: "image" or "text". place: "hub" (the paper's encoders), "cache" (those of them that were
-    fetched before), "miniature", or a folder that holds clip/, dino/, sbert/. inception: a file of
-    its weights. Raises ValueError for an unknown name.
+    fetched before), "miniature", "none", or a folder that holds clip/, dino/, sbert/. inception: a
+    file of its weights. Raises ValueError for an unknown name.
     """
     if place not in PLACES and not Path(place).is_dir():
         raise ValueError(f"--judges {place}: it is one of {', '.join(PLACES)}, or a folder")
@@ -60,6 +60,8 @@ def load(names, kind, place="hub", device="cpu", inception=None):
 
 def encoder(name, kind, place, device):
     """The Encoder of a name, for images or text (CLIP for both). Raises ValueError."""
+    if place == "none":
+        raise ValueError("name --judges hub, miniature or a folder")
     folder = HERE / "miniature" if place == "miniature" else Path(place)
     where = HUB[name] if place in ("hub", "cache") else str(folder / name)
     if where != HUB[name] and not Path(where).is_dir():
@@ -76,9 +78,8 @@ def default_place(captioner, generator):
     a model from there; else, as two local models never reach for the network, the hub's cache."""
     if captioner == "miniature":
         return "miniature"
-    if loading.is_local(captioner) and loading.is_local(generator):
-        return "cache"
-    return "hub"
+    local = loading.is_local(captioner) and loading.is_local(generator)
+    return "cache" if local else "hub"
 
 
 def likenesses(names, asked, by, kind, place, device, references, glove):
@@ -217,18 +218,15 @@ class Pixel:
 
 
 # ---------------------------------------------------------------- Inception
-class Inception:
+class Inception(Encoder):
     """Cosine of the 2048 features of torch-fidelity's Inception v3, those of FID. (The paper's
     "FID" of one image can only be such a distance: one image has no covariance.)"""
 
     def __init__(self, device="cpu", weights=None):
         self.see = inception_features(device, weights)
 
-    def embed(self, images):
-        return F.normalize(torch.from_numpy(self.see(images)[0]), dim=-1)
-
-    def alike(self, candidates, inputs):
-        return (self.embed(candidates) * self.embed(inputs)).sum(-1).numpy()
+    def pooled(self, images):
+        return torch.from_numpy(self.see(images)[0])
 
 
 def inception_features(device=None, weights=None):
@@ -251,7 +249,7 @@ def inception_features(device=None, weights=None):
             extractor = theirs.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"],
                 feature_extractor_weights_path=ours)
-    except (OSError, RuntimeError) as e:
+    except Exception as e:                       # of no common class
         reason = " ".join(str(e).split())[:100]
         raise ValueError(f"{weights or 'what was downloaded'} is not torch-fidelity's Inception "
                          f"({reason}): {REMEDY}") from e
@@ -266,23 +264,17 @@ def inception_features(device=None, weights=None):
 
 
 def inception_weights(source):
-    """{name: tensor} of a file, or of an address, by readers that run no code: safetensors, or
-    torch's restricted unpickler. Raises ValueError in one line."""
-    source = str(source)
+    """What a file, or an address, holds, by readers that run no code: safetensors, or torch's
+    restricted unpickler. Raises ValueError in one line."""
     try:
         if source.startswith("https://"):
             with contextlib.redirect_stdout(sys.stderr):
-                found = torch.hub.load_state_dict_from_url(source, map_location="cpu",
-                                                           weights_only=True)
-        elif source.endswith(".safetensors"):
-            found = load_file(source)
-        else:
-            found = torch.load(source, map_location="cpu", weights_only=True)
+                return torch.hub.load_state_dict_from_url(source, map_location="cpu",
+                                                          weights_only=True)
+        if source.endswith(".safetensors"):
+            return load_file(source)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as e:                       # of foreign bytes a reader may raise anything
         reason = getattr(e, "strerror", None) or type(e).__name__
         raise ValueError(f"{source} could not be read as plain tensors ({reason}): "
                          f"{REMEDY}") from e
-    values = [*found.values()] if isinstance(found, dict) else []
-    if not values or not all(isinstance(x, torch.Tensor) for x in values):
-        raise ValueError(f"{source} is not tensors by name alone: {REMEDY}")
-    return found

@@ -4,7 +4,7 @@
     bleu(bleu_counts(candidates, references).sum(0))   # corpus BLEU-1 to 4, or of any other sum
     spice(candidates, references), wmd(tokens, tokens, vectors)
     frechet(features, features), inception_score(logits)
-    choices(caption_quality(groups, references), ranking)   # mean, chosen, oracle, with intervals
+    choices(100 * cider(groups, references), ranking)  # mean, chosen, oracle, with intervals
     paired(values, values)                             # of two systems: difference, interval, p
 
 Captions are str; a candidate has one or several references. Copy this file alone: it needs numpy
@@ -165,12 +165,6 @@ def cider(candidates, references, df=None):
     return scores.reshape(candidates.shape)
 
 
-def caption_quality(groups, references, df=None):
-    """100 x CIDEr of n candidate captions of each item, as `choices` takes it: (items, n).
-    groups: lists of n captions; references: lists of captions; df: of a wider set of those."""
-    return 100 * cider(groups, references, df)
-
-
 def bleu_counts(candidates, references):
     """What corpus BLEU adds up, of each item: (N, 10) of 4 x clipped matches, 4 x n-grams, length,
     reference length (the closest one). Sum over any subset, or over a bootstrap draw, and give it
@@ -297,13 +291,11 @@ def wmd(a, b, vectors):
     return float(cost[linear_sum_assignment(cost)].mean())
 
 
-def content(caption):
-    return [word for word in tokenize(caption) if word not in STOP]
-
-
 def movers(glove, a, b):
     """Minus the word mover's distance of captions a[i] and b[i], stop words removed: (n,)."""
-    tokens = {caption: content(caption) for caption in {*a, *b}}
+    tokens = {}
+    for caption in {*a, *b}:
+        tokens[caption] = [word for word in tokenize(caption) if word not in STOP]
     vectors = word_vectors(glove, set(chain(*tokens.values())))
     distances = [wmd(tokens[x], tokens[y], vectors) for x, y in zip(a, b)]
     return -np.array(distances)
@@ -334,17 +326,12 @@ def frechet(x, y):
     return max(0.0, float(apart @ apart + spread - 2 * nuclear))        # of x and x, -1e-12
 
 
-def inception_score(logits, splits=1):
-    """Inception score (Salimans et al. 2016) of logits (N, C), in order, over `splits` parts:
-    (mean, deviation)."""
+def inception_score(logits):
+    """Inception score (Salimans et al. 2016) of logits (N, C), of all at once: in [1, C]."""
     logp = log_softmax(np.asarray(logits, np.float64), 1)
-    edges = [i * len(logp) // splits for i in range(1, splits)]
-    scores = []
-    for part in np.split(logp, edges):
-        p = np.exp(part)
-        divergence = p * (part - np.log(p.mean(0)))             # of each picture from the mean
-        scores.append(math.exp(divergence.sum(1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
+    p = np.exp(logp)
+    divergence = p * (logp - np.log(p.mean(0)))                 # of each picture from the mean
+    return math.exp(divergence.sum(1).mean())
 
 
 # ---------------------------------------------------------------- what choosing is worth

@@ -38,56 +38,57 @@ def of_captions(items, captions, place, device, notes, glove=None, ci=False, pic
     """Rows of CAPTIONS of a caption of each item; pictures: and of WITH_PICTURES. CIDEr's document
     frequency is that of all items, a domain's CIDEr the mean of its items; its BLEU is computed
     anew."""
-    df = document_frequency(items)
-    scores = caption_scores(items, captions, df, place, device, notes, glove, pictures)
+    scores = caption_scores(items, captions, place, device, notes, glove, pictures)
     names = CAPTIONS + WITH_PICTURES if pictures else CAPTIONS
     return rows_of(items, scores, names, ci)
 
 
 def compared(items, a, b, place, device, notes, glove=None, pictures=False):
     """Two systems' captions of each item: {"metric, domain": metrics.paired of them}."""
-    df = document_frequency(items)
     both = [*a, *b]                                             # one after the other: (2 N,)
-    scores = caption_scores([*items, *items], both, df, place, device, notes, glove, pictures)
+    scores = caption_scores(items, both, place, device, notes, glove, pictures)
     out = {}
     for name, values in scores.items():
         one, other = np.split(values, 2)
         statistic = functools.partial(score_of, name)
         for domain, rows in by_domain(items).items():
-            out[f"{name}, {domain}"] = metrics.paired(one[rows], other[rows], statistic)
-    return {name: row for name, row in out.items() if row}
+            row = metrics.paired(one[rows], other[rows], statistic)
+            if row:
+                out[f"{name}, {domain}"] = row
+    return out
 
 
-def caption_scores(items, captions, df, place, device, notes, glove=None, pictures=False):
-    """{metric: values (n, ...) of n captions}, as score_of takes them."""
-    references = [x.captions for x in items]
-    if df[1] == 1:
+def caption_scores(items, captions, place, device, notes, glove, pictures):
+    """{metric: values (n, ...) of n captions}, as score_of takes them; n: of each item one, or one
+    after all the others."""
+    df = metrics.document_frequency([x.captions for x in items])
+    if len(items) == 1:
         notes.append("CIDEr of one image alone is 0, whatever is said: no word is rarer there")
+    items = [*items] * (len(captions) // len(items))
+    references = [x.captions for x in items]
     scores = dict.fromkeys(CAPTIONS[:4], metrics.bleu_counts(captions, references))
     scores["CIDEr"] = metrics.cider(captions, references, df)
     try:
         scores["SPICE"] = metrics.spice(captions, references)
     except metrics.Unavailable as e:
         notes.append(f"no SPICE: {e}")
-    scores |= likenesses(captions, references, place, device, notes, glove)
+    found = load_judges(("clip", "sbert"), "text", place, device, notes)
+    scores |= likenesses(captions, references, found, notes, glove)
     if "WMD" in scores:
         scores["WMD"] = -scores["WMD"]                          # papers print the distance
-    if pictures:
-        scores |= clipscores(items, captions, place, device, notes)
+    if pictures and "CLIP" in found:
+        scores |= clipscores(items, captions, found["CLIP"], notes)
     for name in ("SPICE", "WMD", *WITH_PICTURES):
-        without = int(np.isnan(scores.get(name, 0)).sum())
+        without = np.isnan(scores.get(name, 0)).sum()
         if without:
             notes.append(f"{name} is the mean of {len(captions) - without} of {len(captions)} "
                          "captions: the others have none")
     return scores
 
 
-def clipscores(items, captions, place, device, notes):
+def clipscores(items, captions, judge, notes):
     """{CLIPScore, RefCLIPScore: (n,)} of n captions of items; nan where the picture can't be
     read."""
-    judge = load_judges(("clip",), "image", place, device, notes).get("CLIP")
-    if judge is None:
-        return {}
     found = np.full((len(items), 2), np.nan)
     for i, (item, caption) in enumerate(zip(items, captions)):
         try:
@@ -138,19 +139,16 @@ def of_pictures(items, files, place, device, notes, inception=None, ci=False):
 
 # ---------------------------------------------------------------- likeness
 def load_judges(names, kind, place, device, notes):
-    """{NAME: judge}; what is missing is noted. place: of judges.load, or "none"."""
-    found, missing = {}, dict.fromkeys(names, "name --judges hub, miniature or a folder")
-    if place != "none":
-        found, missing = judges.load(names, kind, place, device)
+    """{NAME: judge}; what is missing is noted. place: of judges.load."""
+    found, missing = judges.load(names, kind, place, device)
     notes += [f"no {name.upper()}: {reason}" for name, reason in missing.items()]
     return {name.upper(): judge for name, judge in found.items()}
 
 
-def likenesses(captions, references, place, device, notes, glove=None):
+def likenesses(captions, references, found, notes, glove=None):
     """How alike n captions are to their references, on the mean: {"CLIP", "SBERT", "WMD": (n,)},
-    higher is more alike, nan where no word of it has a vector."""
+    higher is more alike, nan where no word of it has a vector. found: of load_judges."""
     out = {}
-    found = load_judges(("clip", "sbert"), "text", place, device, notes)
     for name, judge in found.items():
         each = [judge.alike([c] * len(r), r).mean() for c, r in zip(captions, references)]
         out[name] = np.array(each)
@@ -158,42 +156,37 @@ def likenesses(captions, references, place, device, notes, glove=None):
         notes.append("no WMD: it needs word vectors; give --glove glove.6B.200d.txt")
         return out
     sizes = [len(r) for r in references]                # all at once: the vectors are read once
-    repeated = np.repeat(captions, sizes).tolist()
+    repeated = np.repeat(captions, sizes)
     distances = metrics.movers(glove, repeated, list(chain(*references)))
     each = np.split(distances, np.cumsum(sizes)[:-1])
     out["WMD"] = np.array([score_of("WMD", values) for values in each])
     return out
 
 
-def picture_likenesses(files, paths, place, device, notes):
-    """How alike n pictures are to n others: {"CLIP", "DINO": (n,)}, higher is more alike."""
+def picture_likenesses(files, items, place, device, notes):
+    """How alike n pictures are to those of n items: {"CLIP", "DINO": (n,)}, higher: more alike."""
     found = load_judges(("clip", "dino"), "image", place, device, notes)
     out = {name: [] for name in found}
-    for file, path in zip(files, paths):
+    for file, item in zip(files, items):
         drawn = data.open_image(file)[None]
-        real = data.open_image(path)[None]
+        real = data.open_image(item.path)[None]
         for name, judge in found.items():
             out[name] += judge.alike(drawn, real).tolist()
     return {name: np.array(values) for name, values in out.items()}
 
 
 # ---------------------------------------------------------------- Tables 1 and 2, Figures 3 and 4
-def document_frequency(items):
-    """CIDEr's, of the references of the items that have some. Of a whole split, in rerank.py and
-    here alike: numbers of fewer of its items then compare."""
-    return metrics.document_frequency([x.captions for x in items if x.captions])
-
-
 def made_of(folder, root, split, place):
     """(set, split, judges, items) of a rerank's folder, by its settings.json, or as given;
     ValueError where it was made of no set, or of another one than the given."""
     if not (folder / "candidates.jsonl").exists():
-        raise ValueError(f"{folder / 'candidates.jsonl'} is missing: run rerank.py --out {folder} "
-                         "first, with --data")
-    settings = records.load_json(folder / "settings.json")
-    name = records.the(settings, "data", str, folder / "settings.json", None)
+        raise ValueError(f"{folder} has no candidates.jsonl: run rerank.py --out {folder} first, "
+                         "with --data")
+    path = folder / "settings.json"
+    settings = records.load_json(path)
+    name = records.the(settings, "data", str, path, "None")
     part = settings.get("split")
-    if name in (None, "None"):
+    if name == "None":
         raise ValueError(f"{folder} holds a rerank of pictures or sentences by themselves: they "
                          "have no references")
     root, split = root or name, split or (None if part == "None" else part)
@@ -209,9 +202,10 @@ def findings(folder, items, place, device, notes, glove=None):
     {"metric by score": {domain: row}}, and their direction. items: of the set it was made of."""
     found = groups_in(folder)
     chosen = [x for x in items if x.captions and complete(found.get(x.name))]
-    if len(chosen) < len(found):
-        notes.append(f"{len(found) - len(chosen)} of {len(found)} items are left out: they have "
-                     "no references, too few candidates, or pictures that are no numbers")
+    lost = len(found) - len(chosen)
+    if lost:
+        notes.append(f"{lost} of {len(found)} items are left out: they have no references, too few "
+                     "candidates, or pictures that are no numbers")
     if len(chosen) < 2:
         raise ValueError(f"fewer than two items of {folder} have references: nothing to average")
     groups = {x.name: found[x.name] for x in chosen}
@@ -221,20 +215,25 @@ def findings(folder, items, place, device, notes, glove=None):
     if direction == IMAGE:
         captions = [row["caption"] for row in rows]
         references = [x.captions for x in owners]
-        df = document_frequency(items)
+        # of the whole split, as in rerank.py: numbers of fewer of its items then compare
+        df = metrics.document_frequency([x.captions for x in items if x.captions])
         quality = {"CIDEr": 100 * metrics.cider(captions, references, df)}
-        quality |= likenesses(captions, references, place, device, notes, glove)
+        judges_of_text = load_judges(("clip", "sbert"), "text", place, device, notes)
+        quality |= likenesses(captions, references, judges_of_text, notes, glove)
     else:
         files = [folder / row["picture"] for row in rows]
-        paths = [x.path for x in owners]
-        quality = picture_likenesses(files, paths, place, device, notes)
-    ends = np.cumsum([len(group) for group in groups.values()])
+        quality = picture_likenesses(files, owners, place, device, notes)
+    ends = np.cumsum([len(group) for group in groups.values()])[:-1]
+    domains = by_domain(chosen)
     out = {}
     for by, ranking in rankings(groups, notes).items():
         for metric, values in quality.items():
-            each = np.split(values, ends[:-1])                 # of each item (n,)
-            out[f"{metric} by {by}"] = choices(each, ranking, chosen)
-    for domain, some in by_domain(chosen).items():
+            each = np.split(values, ends)                      # of each item (n,)
+            rows = out[f"{metric} by {by}"] = {}
+            for domain, some in domains.items():
+                row = metrics.choices([each[i] for i in some], [ranking[i] for i in some])
+                rows[domain] = row | {"percent": 100 * row["gain"] / (abs(row["mean"]) or math.nan)}
+    for domain, some in domains.items():
         if len(some) < FEW:
             notes.append(f"{domain}: {len(some)} items do not tell whether the choice helps")
     return {"findings": out, "direction": direction}
@@ -247,16 +246,6 @@ def complete(rows):
     return rows[0]["direction"] == IMAGE or all(row["picture"] for row in rows)
 
 
-def choices(quality, ranking, items):
-    """{domain: metrics.choices, and its gain in per cent of the mean}."""
-    out = {}
-    for domain, some in by_domain(items).items():
-        row = metrics.choices([quality[i] for i in some], [ranking[i] for i in some])
-        row["percent"] = 100 * row["gain"] / (abs(row["mean"]) or math.nan)
-        out[domain] = row
-    return out
-
-
 def plot(found, path):
     """Figures 3 and 4: mean quality by rank, a panel for each metric, a line for each score."""
     import matplotlib
@@ -267,8 +256,9 @@ def plot(found, path):
     for name, rows in found.items():
         metric, by = name.split(" by ")
         axis = axes[0][names.index(metric)]
-        axis.plot(rows["all"]["by_rank"], marker="o", ms=3, label=by)
-        axis.set(title=f"{metric}, n = {rows['all']['items']}", xlabel="rank by the score named")
+        row = rows["all"]
+        axis.plot(row["by_rank"], marker="o", ms=3, label=by)
+        axis.set(title=f"{metric}, n = {row['items']}", xlabel="rank by the score named")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -281,7 +271,7 @@ def by_domain(items):
     out = {}
     for i, item in enumerate(items):
         out.setdefault(DOMAIN.get(item.domain, item.domain), []).append(i)
-    return out | {"all": list(range(len(items)))}
+    return out | {"all": range(len(items))}
 
 
 def rows_of(items, scores, names, ci=False):
@@ -301,20 +291,18 @@ def score_of(name, values):
     scale = 100 if name in HUNDRED else 1
     if name.startswith("B@"):
         four = metrics.bleu(values.sum(0))
-        return scale * float(four[int(name[2:]) - 1])
+        return scale * four[int(name[2:]) - 1]
     if name in ("FID", "FD-DINO"):
         return metrics.frechet(values[:, 0], values[:, 1])
     if name == "IS":
-        return metrics.inception_score(values)[0]
+        return metrics.inception_score(values)
     if not np.isfinite(values).any():
         return math.nan
-    return scale * float(np.nanmean(values))
+    return scale * np.nanmean(values)
 
 
 def with_interval(name, values):
-    def resample(rows):
-        return score_of(name, values[rows])
-    low, high = metrics.resampled(resample, len(values))
+    low, high = metrics.resampled(lambda rows: score_of(name, values[rows]), len(values))
     return {"value": score_of(name, values), "low": low, "high": high}
 
 

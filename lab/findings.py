@@ -171,7 +171,7 @@ def quality_of(rows):
     """{measure: (items, captions)}; CIDEr weighs n-grams by the references of all rows."""
     captions = [row["captions"] for row in rows]
     references = [row["references"] for row in rows]
-    return {"CIDEr": metrics.caption_quality(captions, references)} | columns(rows, "quality")
+    return {"CIDEr": 100 * metrics.cider(captions, references)} | columns(rows, "quality")
 
 
 def worth(quality, scores, rows):
@@ -248,7 +248,7 @@ def as_a_set(rows, chosen):
     features = [row["features"][best] for row, best in zip(rows, chosen)]
     pairs = [row["pairs"][best] for row, best in zip(rows, chosen)]
     true = np.array([row["true"] for row in rows])
-    score, _ = metrics.inception_score(np.array(pairs))
+    score = metrics.inception_score(np.array(pairs))
     return {"FD-DINO": metrics.frechet(np.array(features), true), "IS": score}
 
 

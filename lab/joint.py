@@ -175,7 +175,7 @@ def measures(rows):
     """{measure: (items,)}, nan where it was not taken; CIDEr x 100 by the rows' own captions."""
     captions = [[row["caption"]] for row in rows]
     references = [row["references"] for row in rows]
-    found = {"CIDEr": metrics.caption_quality(captions, references)[:, 0]}
+    found = {"CIDEr": 100 * metrics.cider(captions, references)[:, 0]}
     for measure in ("facts", "ig", "pairs"):
         found[measure] = np.array([row.get(measure, np.nan) for row in rows])
     return found

@@ -117,7 +117,7 @@ def test_sets_of_pictures_are_scored_as_sets(tmp_path, monkeypatch, images):
     real = [see(data.open_image(item.path)) for item in items]
     fid = metrics.frechet(np.concatenate([f for f, _ in drawn]),
                           np.concatenate([f for f, _ in real]))
-    score, _ = metrics.inception_score(np.concatenate([logits for _, logits in drawn]))
+    score = metrics.inception_score(np.concatenate([logits for _, logits in drawn]))
     assert rows["all"]["FID"] == pytest.approx(fid) and rows["all"]["IS"] == pytest.approx(score)
     assert rows["in"]["FID"] > 0 and rows["out"]["FID"] is rows["out"]["IS"] is None
     assert rows["all"]["CLIP"] is rows["all"]["FD-DINO"] is None
@@ -154,7 +154,7 @@ def test_every_process_takes_its_share(tmp_path, monkeypatch, whole, captioner):
             path.rename(path.with_suffix(".hidden"))
         todo = evaluate.share(items, tmp_path, "captions")
         path = tmp_path / f"captions-{rank}.jsonl"
-        evaluate.say(todo, path, captioner, "beam", 0, 40)
+        records.append_rows(path, evaluate.say(captioner, todo, tmp_path, "beam", 0))
     for path in tmp_path.glob("*.hidden"):
         path.rename(path.with_suffix(".jsonl"))
     files = sorted(tmp_path.glob("captions-*.jsonl"))
