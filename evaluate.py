@@ -304,32 +304,20 @@ def label_free(items, captions, generator, draws, seed, batch, notes):
 
 
 # ---------------------------------------------------------------- what comes of it
-def earlier(out):
-    """The results that a folder holds, {} where there are none. Refuses one whose results.json or
-    table.txt is nobody's of this script."""
-    path = out / "results.json"
-    found = records.load_json(path) if path.exists() else {}
-    ours = isinstance(found, dict) and {"notes", "settings"} <= found.keys()
-    here = [name for name in ("results.json", "table.txt") if (out / name).exists()]
-    if here and not ours:
-        raise ValueError(f"{out / here[0]} is of no run of this script: choose another --out")
-    return found
-
-
 def write(results, out):
     """results.json and table.txt, and the table to the terminal."""
     path = out / "results.json"
     # what is no number becomes null, as JSON has none
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda constant: None)
-    before = earlier(out)
-    if before and before | {"notes": []} != plain | {"notes": []}:
-        plain["notes"].append(f"{path} held other results: replaced")
+    before = path.read_bytes() if path.exists() else None
     records.write_json(path, plain)
     text = tables.report(results)
     records.write_text(out / "table.txt", records.visible(text) + "\n")
     print(text)
     for note in dict.fromkeys(plain["notes"]):
         script.say(note)
+    if before not in (None, path.read_bytes()):
+        script.say(f"{path} held other results: replaced")
     print(f"evaluate.py: the same numbers with their settings are in {path}")
 
 
@@ -348,8 +336,7 @@ def main(args):
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
-        earlier(args.out)
-        records.claim(args.out)
+        records.claim(args.out, ("results.json", "table.txt"))
     if processes > 1 and args.job == "set":
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.barrier()

@@ -264,16 +264,20 @@ def inception_features(device=None, weights=None):
 
 
 def inception_weights(source):
-    """What a file, or an address, holds, by readers that run no code: safetensors, or torch's
-    restricted unpickler. Raises ValueError in one line."""
+    """{name: tensor} of a file, or of an address, by readers that run no code: safetensors, or
+    torch's restricted unpickler. Raises ValueError in one line."""
     try:
         if source.startswith("https://"):
             with contextlib.redirect_stdout(sys.stderr):
-                return torch.hub.load_state_dict_from_url(source, map_location="cpu",
-                                                          weights_only=True)
-        if source.endswith(".safetensors"):
-            return load_file(source)
-        return torch.load(source, map_location="cpu", weights_only=True)
+                found = torch.hub.load_state_dict_from_url(source, map_location="cpu",
+                                                           weights_only=True)
+        elif source.endswith(".safetensors"):
+            found = load_file(source)
+        else:
+            found = torch.load(source, map_location="cpu", weights_only=True)
+        if not found or not all(isinstance(x, torch.Tensor) for x in found.values()):
+            raise ValueError("not tensors by name alone")
+        return found
     except Exception as e:                       # of foreign bytes a reader may raise anything
         reason = getattr(e, "strerror", None) or type(e).__name__
         raise ValueError(f"{source} could not be read as plain tensors ({reason}): "
