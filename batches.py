@@ -73,10 +73,9 @@ def open_samples(place, split, own, batch):
     """(Samples with captions, Samples without or None, what is said of both). own: a folder, or a
     split of place."""
     sets = [Samples(place, split)]
-    if own and os.path.isdir(own):
-        sets.append(Samples(own, "train", described=False))
-    elif own:
-        sets.append(Samples(place, own, described=False))
+    if own:
+        place, split = (own, "train") if os.path.isdir(own) else (place, own)
+        sets.append(Samples(place, split, described=False))
     for some in sets:
         if len(some) < batch:
             raise ValueError(f"{some.name}: less than one --batch of {batch}")

@@ -1,9 +1,9 @@
 """What is trained, and the file that keeps it: weights, moments, settings.
 
     trained = unfreeze(captioner, generator, ("q", "q"))      # {name: parameter}
-    save("out/finetune", step, trained, adam, settings, content)
-    step = begun("out/finetune", settings, content)
-    restore("out/finetune", trained, adam)
+    save("out/finetune", step, trained, adam, settings)
+    step = begun("out/finetune", settings)
+    restore("out/finetune", step, trained, adam)
 
 checkpoint.safetensors holds tensors alone, its header the settings, as JSON. It may come from
 somebody else: settings are compared with those that were typed, and nothing else is done with them.
@@ -30,14 +30,8 @@ PROJECTIONS = {"captioner": {"q": ".crossattention.self.query", "k": ".crossatte
 
 
 # ---------------------------------------------------------------- what is trained
-class Wide(torch.nn.Module):
+class Wide(torch.nn.Linear):
     """A linear layer with weights wider than the model around it, cast where they are used."""
-
-    def __init__(self, linear):
-        super().__init__()
-        linear.float()
-        self.weight = linear.weight
-        self.bias = linear.bias
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -67,12 +61,11 @@ def unfreeze(captioner, generator, which, names, own=None):
         found["captioner.query_tokens"] = tokens.requires_grad_()
     for side, model in models.items():
         endings = tuple(PROJECTIONS[side][x] for x in letters[side].replace("none", ""))
-        for name, module in list(model.named_modules()):
+        for name, module in model.named_modules():
             if not name.endswith(endings):
                 continue
             if module.weight.dtype.itemsize < 4:
-                module = Wide(module)
-                model.set_submodule(name, module)
+                module.float().__class__ = Wide
             for key, parameter in module.named_parameters():
                 found[f"{side}.{name}.{key}"] = parameter.requires_grad_()
     if not found:
@@ -82,17 +75,17 @@ def unfreeze(captioner, generator, which, names, own=None):
 
 
 # ---------------------------------------------------------------- the file
-def save(out, step, trained, adam, settings, content):
+def save(out, step, trained, adam, settings):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
     libraries = ("torch", "transformers", "diffusers")
-    about = {"step": step, "data": content, "settings": settings,
+    about = {"step": step, "data": settings["data"], "settings": settings,
              "versions": {name: importlib.metadata.version(name) for name in libraries},
              "commit": commit()}
     tensors = {}
     for name, parameter in trained.items():
-        tensors[name] = parameter.detach().contiguous()
+        tensors[name] = parameter.detach()
         for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"adam.{key}.{name}"] = adam.state[parameter][key].contiguous()
+            tensors[f"adam.{key}.{name}"] = adam.state[parameter][key]
     new = out / "checkpoint.new"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,16 +114,15 @@ def header(out):
     """{step, data, settings, versions, commit} of the checkpoint in a folder, or one sentence."""
     path = out / "checkpoint.safetensors"
     try:
-        about = loading.header(path)
-        kinds = [type(about[k]) for k in ("step", "data", "settings")]
-        if kinds != [int, str, dict] or not 1 <= about["step"] < 10 ** 9:
+        about = {"data": None, "settings": {}} | loading.header(path)
+        if type(about.get("step")) is not int or not 1 <= about["step"] < 10 ** 9:
             raise ValueError("its header is not of a run")
-    except (KeyError, TypeError, ValueError) as e:
+    except ValueError as e:
         raise ValueError(f"{path}: no checkpoint of a run ({e})") from e
     return about
 
 
-def begun(out, settings, content):
+def begun(out, settings):
     """Claims a folder; the step that its checkpoint is of, 0 where there is none. ValueError where
     it is of another run, or log.jsonl of none."""
     records.claim(out)
@@ -138,7 +130,7 @@ def begun(out, settings, content):
     if not (out / "checkpoint.safetensors").exists():
         return 0
     about = header(out)
-    check_same(out, about["settings"] | {"data": about["data"]}, settings | {"data": content})
+    check_same(out, about["settings"] | {"data": about["data"]}, settings)
     return about["step"]
 
 
@@ -154,9 +146,8 @@ def check_same(out, before, now):
                          "choose another --out")
 
 
-def restore(out, trained, adam):
+def restore(out, step, trained, adam):
     """Puts weights and moments back. Refuses those of other models."""
-    about = header(out)
     tensors = load_file(out / "checkpoint.safetensors")
     loading.check_numbers(tensors, str(out))
     for name, parameter in trained.items():
@@ -167,8 +158,8 @@ def restore(out, trained, adam):
                                  "checkpoint of these models")
         weight, mean, square = [tensors[key].to(parameter) for key in keys]
         parameter.data.copy_(weight)
-        step = torch.tensor(float(about["step"]))
-        adam.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        count = torch.tensor(float(step))
+        adam.state[parameter] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
 
 
 def export(out, settings, folder):

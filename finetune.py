@@ -109,9 +109,8 @@ def complete(args, small):
         raise ValueError("--own gives pictures to ir, which is not among --losses")
     if args.own and not os.path.isdir(args.own) and args.own not in SPLITS:
         raise ValueError(f"--own {args.own}: no such folder, and no split of --data")
-    tr = "tr" in args.losses
-    for name, idle in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
-        if idle and not tr:
+    for name, used in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
+        if used and "tr" not in args.losses:
             raise ValueError(f"--{name} is of tr, which is not among --losses")
     return args
 
@@ -149,7 +148,6 @@ class Run:
     probe: int                                   # steps between norms of each loss, 0 = never
     total: int                                   # steps in all
     settings: dict                               # what the checkpoint keeps of the command line
-    content: str                                 # and of the pictures
 
     def joint(self, batch, weights):
         """losses.joint of a Batch: what to call backward on, and {loss: (B,)}."""
@@ -254,7 +252,7 @@ def all_reduce(run, sums, stops):
     if run.processes > 1:
         dist.all_reduce(sums)
         dist.all_reduce(halt)
-    return halt.item() > 0
+    return bool(halt)
 
 
 def gradient_norm(trained, side):
@@ -276,8 +274,8 @@ def main(args):
     # the pictures
     samples, own, content = open_samples(args.data, args.split, args.own, args.batch)
     total = args.steps or int(args.epochs * (len(samples) // args.batch))
-    settings = settings_of(args)
-    start = checkpoints.begun(args.out, settings, content)
+    settings = settings_of(args) | {"data": content}
+    start = checkpoints.begun(args.out, settings)
     if start >= total:
         if rank == 0:
             checkpoints.plot(args.out, args.losses)      # a kill may have left none
@@ -324,10 +322,10 @@ def main(args):
               held=held, trained=trained, adam=adam, weights=dict(zip(args.losses, args.weights)),
               batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
               seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
-              every=args.every, probe=args.probe, total=total, settings=settings, content=content)
+              every=args.every, probe=args.probe, total=total, settings=settings)
     loading.record_revisions(args.out)
     if start:
-        checkpoints.restore(args.out, trained, adam)
+        checkpoints.restore(args.out, start, trained, adam)
     try:
         return train(run, start)
     finally:
@@ -348,8 +346,8 @@ def train(run, start):
         weights = sum(p.numel() for p in run.trained.values())
         begins = f"goes on after step {start}" if start else "begins"
         print(f"finetune.py: {run.out} {begins}, {run.total} steps of {run.batch} samples in all; "
-              f"{weights:,} weights are trained; {run.content}")
-        rows = checkpoints.log_rows(log) if start else []
+              f"{weights:,} weights are trained; {run.settings['data']}")
+        rows = checkpoints.log_rows(log)
         records.write_rows(log, [row for row in rows if row["step"] <= start])
         if run.held:
             first = last = held_out_losses(run)
@@ -367,7 +365,7 @@ def train(run, start):
                 bar.set_postfix({name: row[name] for name in run.weights}, refresh=False)
             if speaks and (planned or halt):
                 saved = step + 1
-                checkpoints.save(run.out, saved, run.trained, run.adam, run.settings, run.content)
+                checkpoints.save(run.out, saved, run.trained, run.adam, run.settings)
             if halt:
                 break
     except FloatingPointError as e:
