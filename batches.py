@@ -100,8 +100,8 @@ def held_out(place, count, trained):
     return held
 
 
-def latents(generator, image, path=None):
-    """Mean and standard deviation of a picture's latents, (2, C, h, w); kept at path if given."""
+def latents(generator, image, path):
+    """Mean and standard deviation of a picture's latents, (2, C, h, w); kept at path, if any."""
     if path and path.exists():
         return load_file(path)["latents"]
     with torch.no_grad():

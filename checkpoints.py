@@ -60,7 +60,7 @@ def unfreeze(captioner, generator, which, names, own=None):
         tokens.data = tokens.data.to(torch.promote_types(tokens.dtype, torch.float32))
         found["captioner.query_tokens"] = tokens.requires_grad_()
     for side, model in models.items():
-        endings = tuple(PROJECTIONS[side][x] for x in letters[side].replace("none", ""))
+        endings = tuple(PROJECTIONS[side][x] for x in letters[side] if x in "qkv")
         for name, module in model.named_modules():
             if not name.endswith(endings):
                 continue
@@ -78,12 +78,13 @@ def unfreeze(captioner, generator, which, names, own=None):
 def save(out, step, trained, adam, settings):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
     libraries = ("torch", "transformers", "diffusers")
-    about = {"step": step, "data": settings["data"], "settings": settings,
+    about = {"step": step,
+             "data": settings["data"], "settings": settings,
              "versions": {name: importlib.metadata.version(name) for name in libraries},
              "commit": commit()}
     tensors = {}
     for name, parameter in trained.items():
-        tensors[name] = parameter.detach()
+        tensors[name] = parameter.data
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"adam.{key}.{name}"] = adam.state[parameter][key]
     new = out / "checkpoint.new"
@@ -115,7 +116,7 @@ def header(out):
     path = out / "checkpoint.safetensors"
     try:
         about = {"data": None, "settings": {}} | loading.header(path)
-        if type(about.get("step")) is not int or not 1 <= about["step"] < 10 ** 9:
+        if type(about.get("step")) is not int or not 1 <= about["step"] < 1e9:
             raise ValueError("its header is not of a run")
     except ValueError as e:
         raise ValueError(f"{path}: no checkpoint of a run ({e})") from e
