@@ -2,7 +2,7 @@
 
     samples = Samples("data/coco", "train")
     image, captions = samples[7]
-    batch = collate(run, [7, 11], step, ("tg", "ir", "ig", "tr"))       # a losses.Batch
+    batch = collate(run, samples, [7, 11], step, ("tg", "ir", "ig", "tr"))      # a losses.Batch
 
 What a sample is at a step (its caption, timestep and noise) is a function of (seed, step, index)
 and of the data: neither the number of processes nor the size of a batch changes it.
@@ -32,6 +32,7 @@ class Samples:
         self.split = split
         self.described = described
         self.unreadable = set()
+        self.cache = None                        # folder of their latents, a Path
         self.items = None                        # the miniature's are drawn, one by one
         self.content = f"{split}: {DRAWN} pictures"
         if place != "miniature" or split not in ("train", "all"):
@@ -72,10 +73,9 @@ def open_samples(place, split, own, batch):
     """(Samples with captions, Samples without or None, what is said of both). own: a folder, or a
     split of place."""
     sets = [Samples(place, split)]
-    if own and os.path.isdir(own):
-        sets.append(Samples(own, "train", described=False))
-    elif own:
-        sets.append(Samples(place, own, described=False))
+    if own:
+        place, split = (own, "train") if os.path.isdir(own) else (place, own)
+        sets.append(Samples(place, split, described=False))
     for some in sets:
         if len(some) < batch:
             raise ValueError(f"{some.name}: less than one --batch of {batch}")
@@ -100,8 +100,8 @@ def held_out(place, count, trained):
     return held
 
 
-def latents(generator, image, path=None):
-    """Mean and standard deviation of a picture's latents, (2, C, h, w); kept at path if given."""
+def latents(generator, image, path):
+    """Mean and standard deviation of a picture's latents, (2, C, h, w); kept at path, if any."""
     if path and path.exists():
         return load_file(path)["latents"]
     with torch.no_grad():
@@ -114,17 +114,17 @@ def latents(generator, image, path=None):
     return found
 
 
-def collate(run, indices, step, wanted):
-    """The Batch of these of run.samples at this step, with what the wanted losses need.
+def collate(run, samples, indices, step, wanted):
+    """The Batch of these of the samples at this step, with what the wanted losses need.
 
     Where nobody described the pictures, what the captioner says of them now stands for captions.
-    run: of finetune.py; captioner, generator, bridge, samples, cache, thin and seed are read.
+    run: of finetune.py; captioner, generator, bridge, thin and seed are read.
     """
-    described = run.samples.described
+    described = samples.described
     steps = run.generator.scheduler.config.num_train_timesteps
     captions, images, x0, noise, timesteps, tr_weight = [], [], [], [], [], []
     for i in indices:
-        image, texts = run.samples[i]
+        image, texts = samples[i]
         images.append(image)
         # all chance of a sample is one stream: what is drawn first, second, ... is part of a seed
         g = chance("finetune" if described else "own", run.seed, step, i)
@@ -134,7 +134,7 @@ def collate(run, indices, step, wanted):
         thinned = torch.rand((), generator=g) * run.thin >= 1
         tr_weight.append(0 if thinned else run.thin)
         if set(wanted) != {"tg"}:
-            path = run.cache and run.cache / f"{i}.safetensors"
+            path = samples.cache and samples.cache / f"{i}.safetensors"
             found = latents(run.generator, image, path)
             mean, std = found.to(torch.promote_types(found.dtype, torch.float32))
             first, second = torch.randn(2, *mean.shape, generator=g).to(mean)

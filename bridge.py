@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 HERE = Path(__file__).resolve().parent
 NOWHERE = (0, 0)                       # a place in a text, from and to, that overlaps with no other
 END = (1_000_000, 1_000_001)           # the end of every caption, behind its text
-SENTENCE = "a huge pink square below an orange heart on fresh snow"
 
 
 # ---------------------------------------------------------------- the idea: two ways across
@@ -367,19 +366,9 @@ def in_a_row(pieces, target):
 
 
 # ---------------------------------------------------------------- what it does to a sentence
-def ties(sentence, source, target):
-    """A line for each slot of a sentence's prompt: its token, and the pieces it is tied to."""
-    layout = make_layout([sentence], source, target, special_id(source, "sep", "eos"))
-    slots = target.convert_ids_to_tokens(layout.target[0].tolist())
-    pieces = source.convert_ids_to_tokens(layout.source[0].tolist())
-    for i, (slot, row) in enumerate(zip(slots, layout.align[0].tolist())):
-        tied = [f"{piece} {share:.2g}" for piece, share in zip(pieces, row) if share]
-        if tied or i == 0:                       # the rest is padding
-            yield f"{i:4}  {slot:18}{' + '.join(tied)}"
-
-
 def flags(cli, argv=None):
-    cli.add_argument("sentence", nargs="?", default=SENTENCE, help="what to show")
+    cli.add_argument("sentence", nargs="?", help="what to show",
+                     default="a huge pink square below an orange heart on fresh snow")
     cli.add_argument("--source", default=HERE / "miniature/blip", help="the captioner's")
     cli.add_argument("--target", default=HERE / "miniature/sd/tokenizer", help="the generator's")
     return cli.parse_args(argv)
@@ -392,7 +381,14 @@ def main(args):
         if not Path(place).is_dir() and "/" not in str(place):
             raise ValueError(f"{place} is neither a directory nor a hub id (owner/name)")
         tokenizers.append(AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-    print("\n".join(ties(args.sentence, *tokenizers)))
+    source, target = tokenizers
+    layout = make_layout([args.sentence], source, target, special_id(source, "sep", "eos"))
+    slots = target.convert_ids_to_tokens(layout.target[0].tolist())
+    pieces = source.convert_ids_to_tokens(layout.source[0].tolist())
+    for i, (slot, row) in enumerate(zip(slots, layout.align[0].tolist())):
+        tied = [f"{piece} {share:.2g}" for piece, share in zip(pieces, row) if share]
+        if tied or i == 0:                       # the rest is padding
+            print(f"{i:4}  {slot:18}{' + '.join(tied)}")
     return 0
 
 

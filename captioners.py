@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import foreign
 from cycle import chance
@@ -66,15 +67,13 @@ class Captioner:
             if kind not in ("blip", "blip-2"):
                 raise ValueError(f"it is a {kind} model: BLIP and BLIP-2 are known here, another "
                                  "comes in as file.py:function")
-            if kind == "blip":
-                model_class, own_class = transformers.BlipForConditionalGeneration, cls
-            else:
-                model_class, own_class = transformers.Blip2ForConditionalGeneration, Captioner2
-            model = model_class.from_pretrained(place, dtype=dtype, **options)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(place, dtype=dtype,
+                                                                             **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **local)
             processor = transformers.AutoImageProcessor.from_pretrained(place, **local)
             model = model.to(device)
             check_finite(model)
+            own_class = cls if kind == "blip" else Captioner2
             return own_class(model, tokenizer, processor)
 
     def __init__(self, model, tokenizer, processor):
@@ -93,6 +92,7 @@ class Captioner:
         self.mean = torch.tensor(processor.image_mean).view(3, 1, 1)
         self.std = torch.tensor(processor.image_std).view(3, 1, 1)
         self.set_prompt()
+        self.head = self.decoder.get_output_embeddings()
         self.lead = len(self.prompt) - 1         # places before a caption's first prediction
         self.room = self.limit - len(self.prompt) - 1          # tokens that a caption may have
         # ids that are no words, such as [DEC], [ENC] and <image>: never sampled, never in a beam
@@ -111,7 +111,6 @@ class Captioner:
         self.pad = text.pad_token_id
         self.limit = text.max_position_embeddings
         self.decoder = self.model.text_decoder
-        self.head = self.decoder.get_output_embeddings()
 
     def save(self, folder):
         """As a stock directory: from_pretrained of the model and of AutoProcessor read it. (BLIP-2
@@ -169,14 +168,10 @@ class Captioner:
         captions -> Reading. Differentiable with respect to images and weights."""
         if states is None:
             states = self.see(images)
-        rows = self.tokenize(captions)
-        start = len(self.prompt)
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.pad)                # (B, L + 1)
-        targets = torch.full((len(rows), length), -100)
-        for i, row in enumerate(rows):
-            ids[i, :len(row)] = torch.tensor(row)
-            targets[i, start:len(row)] = torch.tensor(row[start:])
+        rows = [torch.tensor(row) for row in self.tokenize(captions)]
+        ids = pad_sequence(rows, True, self.pad)                       # (B, L + 1)
+        targets = pad_sequence(rows, True, -100)
+        targets[:, :len(self.prompt)] = -100
         # padding is on the right: a causal decoder never sees it
         hidden, _ = self.decode(states, ids[:, :-1].to(self.device))
         return Reading(hidden, targets[:, 1:].to(self.device), self.head.weight, self.head.bias)
@@ -211,13 +206,10 @@ class Captioner:
         else:
             items = range(len(images)) if items is None else items
             ids = self.sample(states, n, way, seed, items, length)
-        texts = []
-        for row in ids.tolist():
-            if self.end in row:
-                row = row[:row.index(self.end)]
-            text = self.tokenizer.decode(row, skip_special_tokens=True,
-                                         clean_up_tokenization_spaces=True)
-            texts.append(" ".join(text.split()))
+        # end and padding are special, or white space
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=True)
+        texts = [" ".join(text.split()) for text in texts]
         likelihood = self.likelihood(None, texts, states.repeat_interleave(n, 0)).view(-1, n)
         return [texts[i:i + n] for i in range(0, len(texts), n)], likelihood
 
@@ -289,7 +281,6 @@ class Captioner2(Captioner):
         self.pad = text.pad_token_id
         self.limit = text.max_position_embeddings - config.num_query_tokens
         self.decoder = self.model.language_model
-        self.head = self.decoder.get_output_embeddings()
 
     def stock_processor(self, processor):
         """The stock model puts the picture where the prompt has num_query_tokens times <image>:

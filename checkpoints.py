@@ -1,9 +1,9 @@
 """What is trained, and the file that keeps it: weights, moments, settings.
 
     trained = unfreeze(captioner, generator, ("q", "q"))      # {name: parameter}
-    save("out/finetune", step, trained, adam, settings, content)
-    step = begun("out/finetune", settings, content)
-    restore("out/finetune", trained, adam)
+    save("out/finetune", step, trained, adam, settings)
+    step = begun("out/finetune", settings)
+    restore("out/finetune", step, trained, adam)
 
 checkpoint.safetensors holds tensors alone, its header the settings, as JSON. It may come from
 somebody else: settings are compared with those that were typed, and nothing else is done with them.
@@ -66,7 +66,7 @@ def unfreeze(captioner, generator, which, names, own=None):
         tokens.data = tokens.data.to(torch.promote_types(tokens.dtype, torch.float32))
         found["captioner.query_tokens"] = tokens.requires_grad_()
     for side, model in models.items():
-        endings = tuple(PROJECTIONS[side][x] for x in letters[side].replace("none", ""))
+        endings = tuple(PROJECTIONS[side][x] for x in letters[side] if x in "qkv")
         for name, module in list(model.named_modules()):
             if not name.endswith(endings):
                 continue
@@ -82,17 +82,17 @@ def unfreeze(captioner, generator, which, names, own=None):
 
 
 # ---------------------------------------------------------------- the file
-def save(out, step, trained, adam, settings, content):
+def save(out, step, trained, adam, settings):
     """Written beside and renamed: a kill or a full disk leaves the older checkpoint whole."""
     libraries = ("torch", "transformers", "diffusers")
-    about = {"step": step, "data": content, "settings": settings,
+    about = {"step": step, "data": settings["data"], "settings": settings,
              "versions": {name: importlib.metadata.version(name) for name in libraries},
              "commit": commit()}
     tensors = {}
     for name, parameter in trained.items():
-        tensors[name] = parameter.detach().contiguous()
+        tensors[name] = parameter.data
         for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"adam.{key}.{name}"] = adam.state[parameter][key].contiguous()
+            tensors[f"adam.{key}.{name}"] = adam.state[parameter][key]
     new = out / "checkpoint.new"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,16 +121,15 @@ def header(out):
     """{step, data, settings, versions, commit} of the checkpoint in a folder, or one sentence."""
     path = out / "checkpoint.safetensors"
     try:
-        about = loading.header(path)
-        kinds = [type(about[k]) for k in ("step", "data", "settings")]
-        if kinds != [int, str, dict] or not 1 <= about["step"] < 10 ** 9:
+        about = {"data": None, "settings": {}} | loading.header(path)
+        if type(about.get("step")) is not int or not 1 <= about["step"] < 1e9:
             raise ValueError("its header is not of a run")
-    except (KeyError, TypeError, ValueError) as e:
+    except ValueError as e:
         raise ValueError(f"{path}: no checkpoint of a run ({e})") from e
     return about
 
 
-def begun(out, settings, content):
+def begun(out, settings):
     """Claims a folder; the step that its checkpoint is of, 0 where there is none. ValueError where
     it is of another run, or log.jsonl of none."""
     records.claim(out)
@@ -138,7 +137,7 @@ def begun(out, settings, content):
     if not (out / "checkpoint.safetensors").exists():
         return 0
     about = header(out)
-    check_same(out, about["settings"] | {"data": about["data"]}, settings | {"data": content})
+    check_same(out, about["settings"] | {"data": about["data"]}, settings)
     return about["step"]
 
 
@@ -154,9 +153,8 @@ def check_same(out, before, now):
                          "choose another --out")
 
 
-def restore(out, trained, adam):
+def restore(out, step, trained, adam):
     """Puts weights and moments back. Refuses those of other models."""
-    about = header(out)
     tensors = load_file(out / "checkpoint.safetensors")
     loading.check_numbers(tensors, str(out))
     for name, parameter in trained.items():
@@ -167,8 +165,8 @@ def restore(out, trained, adam):
                                  "checkpoint of these models")
         weight, mean, square = [tensors[key].to(parameter) for key in keys]
         parameter.data.copy_(weight)
-        step = torch.tensor(float(about["step"]))
-        adam.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        count = torch.tensor(float(step))
+        adam.state[parameter] = {"step": count, "exp_avg": mean, "exp_avg_sq": square}
 
 
 def export(out, settings, folder):

@@ -18,8 +18,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ import records
 from batches import Samples, collate, digest, held_out, open_samples
 from captioners import CAPTIONERS, Captioner
 from cycle import chance
-from generators import GENERATORS, Generator, tiny_decoder
+from generators import GENERATORS, Generator, tiny_vae
 from miniature import toys
 from script import real, whole
 
@@ -111,9 +110,8 @@ def complete(args, small):
         raise ValueError("--own gives pictures to ir, which is not among --losses")
     if args.own and not os.path.isdir(args.own) and args.own not in SPLITS:
         raise ValueError(f"--own {args.own}: no such folder, and no split of --data")
-    tr = "tr" in args.losses
-    for name, idle in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
-        if idle and not tr:
+    for name, used in (("decoder", args.decoder != "exact"), ("thin", args.thin > 1)):
+        if used and "tr" not in args.losses:
             raise ValueError(f"--{name} is of tr, which is not among --losses")
     return args
 
@@ -132,11 +130,9 @@ class Run:
     captioner: Captioner
     generator: Generator
     bridge: bridge.Bridge | None                 # of ir
-    decode: Callable | None                      # of tr, latents -> images; None: the generator's
     samples: Samples                             # pictures with captions
     own: Samples | None                          # pictures without, for ir
     held: Samples | None                         # pictures that are not trained on
-    cache: Path | None                           # folder of the samples' latents
     trained: dict                                # {name: parameter}
     adam: torch.optim.Optimizer
     weights: dict                                # {loss: weight}
@@ -153,12 +149,10 @@ class Run:
     probe: int                                   # steps between norms of each loss, 0 = never
     total: int                                   # steps in all
     settings: dict                               # what the checkpoint keeps of the command line
-    content: str                                 # and of the pictures
 
     def joint(self, batch, weights):
         """losses.joint of a Batch: what to call backward on, and {loss: (B,)}."""
-        return losses.joint(self.captioner, self.generator, self.cross, batch, weights, self.chunk,
-                            True, self.decode)
+        return losses.joint(self.captioner, self.generator, self.cross, batch, weights, self.chunk)
 
     def cross(self, reading, layout):
         """Over the bridge: text states (B, T, D), and the captions' cross-entropies (B, L)."""
@@ -172,33 +166,29 @@ def gradients(run, step, weights):
     ir of pictures that nobody described teaches the captioner alone: a generator would learn its
     mistakes from it.
     """
-    if run.own is None or "ir" not in weights:
-        return share(run, step, weights)
-    others = {name: weight for name, weight in weights.items() if name != "ir"}
-    sums = share(run, step, others) if others else 0
-    of_generator = [p for name, p in run.trained.items() if name.startswith("generator.")]
-    for parameter in of_generator:
-        parameter.requires_grad_(False)
-    own = replace(run, samples=run.own, cache=None)
-    sums = sums + share(own, step, {"ir": weights["ir"]})
-    for parameter in of_generator:
-        parameter.requires_grad_()
+    sums = torch.zeros(len(LOSSES), 2, dtype=torch.float64)
+    own = {"ir": weights["ir"]} if run.own and "ir" in weights else {}
+    others = {name: weight for name, weight in weights.items() if name not in own}
+    for samples, some in ((run.samples, others), (run.own, own)):
+        for parameter in run.adam.param_groups[1]["params"]:           # the generator's
+            parameter.requires_grad_(samples is run.samples)
+        if some:
+            sums += share(run, samples, step, some)
     return sums
 
 
-def share(run, step, weights):
+def share(run, samples, step, weights):
     """`gradients` of one set of samples."""
     # the samples of this step, the same ones however many processes share them
-    count = len(run.samples)
-    epoch, place = divmod(step, count // run.batch)
-    kind = "order" if run.samples.described else "own"
-    order = torch.randperm(count, generator=chance(kind, run.seed, epoch))
+    epoch, place = divmod(step, len(samples) // run.batch)
+    kind = "order" if samples.described else "own"
+    order = torch.randperm(len(samples), generator=chance(kind, run.seed, epoch))
     mine = order[place * run.batch:][:run.batch].tolist()[run.rank::run.processes]
 
     sums = torch.zeros(len(LOSSES), 2, dtype=torch.float64)
     scaled = {name: weight / run.batch for name, weight in weights.items()}
     for i in range(0, len(mine), run.micro):
-        batch = collate(run, mine[i:i + run.micro], step, weights)
+        batch = collate(run, samples, mine[i:i + run.micro], step, weights)
         total, each = run.joint(batch, scaled)
         if total.requires_grad:
             total.backward()
@@ -214,12 +204,12 @@ def share(run, step, weights):
 @torch.no_grad()
 def held_out_losses(run):
     """{loss: mean over the held-out samples}, under chance that is the same at every step."""
-    held = replace(run, samples=run.held, cache=None, thin=1)
     means = dict.fromkeys(run.weights, 0.0)
     count = len(run.held)
     for i in range(0, count, run.micro):
-        indices = range(i, min(i + run.micro, count))
-        _, each = run.joint(collate(held, indices, -1, run.weights), run.weights)
+        batch = collate(run, run.held, range(count)[i:i + run.micro], -1, run.weights)
+        batch.tr_weight = None                               # nothing is thinned
+        _, each = run.joint(batch, run.weights)
         for name in means:
             means[name] += each[name].sum().item() / count
     return means
@@ -231,10 +221,11 @@ def train_step(run, step, stops):
     began = time.perf_counter()
     if run.probe and step % run.probe == 0:                  # the gradient of each loss alone
         for name, weight in run.weights.items():
-            all_reduce_gradients(run, gradients(run, step, {name: weight}), stops)
+            all_reduce(run, gradients(run, step, {name: weight}), stops)
             row[f"norm_{name}"] = {side: gradient_norm(run.trained, side) for side in SIDES}
             run.adam.zero_grad()
-    sums, halt = all_reduce_gradients(run, gradients(run, step, run.weights), stops)
+    sums = gradients(run, step, run.weights)
+    halt = all_reduce(run, sums, stops)
     for name in run.weights:
         total, count = sums[LOSSES.index(name)].tolist()
         row[name] = total / count if count else None             # --thin may leave none for tr
@@ -251,24 +242,18 @@ def train_step(run, step, stops):
     return row, halt
 
 
-def all_reduce_gradients(run, sums, stops):
-    """Sums gradients, losses and the wish to stop over all processes: (sums, whether to stop)."""
-    parameters = list(run.trained.values())
-    for parameter in parameters:
+def all_reduce(run, sums, stops):
+    """Adds up gradients and sums of all processes, in place; whether one of them is to stop."""
+    halt = torch.tensor(len(stops))
+    for parameter in run.trained.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if run.processes == 1:
-        return sums, bool(stops)
-    few = torch.cat([sums.flatten(), torch.tensor([float(bool(stops))])])
-    parts = [parameter.grad.flatten() for parameter in parameters]
-    parts.append(few.to(parts[0]))
-    flat = torch.cat(parts)
-    dist.all_reduce(flat)
-    *grads, few = flat.split([len(part) for part in parts])
-    for parameter, grad in zip(parameters, grads):
-        parameter.grad.copy_(grad.view_as(parameter))
-    few = few.cpu().double()
-    return few[:-1].view_as(sums), few[-1].item() > 0
+        if run.processes > 1:
+            dist.all_reduce(parameter.grad)
+    if run.processes > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(halt)
+    return bool(halt)
 
 
 def gradient_norm(trained, side):
@@ -290,8 +275,8 @@ def main(args):
     # the pictures
     samples, own, content = open_samples(args.data, args.split, args.own, args.batch)
     total = args.steps or int(args.epochs * (len(samples) // args.batch))
-    settings = settings_of(args)
-    start = checkpoints.begun(args.out, settings, content)
+    settings = settings_of(args) | {"data": content}
+    start = checkpoints.begun(args.out, settings)
     if start >= total:
         if rank == 0:
             checkpoints.plot(args.out, args.losses)      # a kill may have left none
@@ -299,7 +284,7 @@ def main(args):
                   "another --out begins anew")
         return 0
     if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     held = held_out(args.data, args.held, [samples, own] if own else [samples])
 
     # the two sides, what is trained of them, and what lies between
@@ -329,21 +314,19 @@ def main(args):
                                 generator.text_encoder.get_input_embeddings().weight,
                                 len(captioner.head.weight), args.bridge, captioner.prompt[0],
                                 captioner.end)
-    decode = None
     if args.decoder != "exact":
-        decode = tiny_decoder(args.decoder, generator)
-    cache = None
+        generator.decoder = tiny_vae(args.decoder, generator)
     if args.cache:                           # other pictures or another generator: other latents
-        cache = Path(args.cache) / digest([samples.name, args.generator, str(generator.dtype)])
-    run = Run(captioner=captioner, generator=generator, bridge=between, decode=decode,
-              samples=samples, own=own, held=held, cache=cache, trained=trained, adam=adam,
-              weights=dict(zip(args.losses, args.weights)),
+        of = digest([samples.name, args.generator, str(generator.dtype)])
+        samples.cache = Path(args.cache) / of
+    run = Run(captioner=captioner, generator=generator, bridge=between, samples=samples, own=own,
+              held=held, trained=trained, adam=adam, weights=dict(zip(args.losses, args.weights)),
               batch=args.batch, micro=args.micro or args.batch, chunk=args.chunk, thin=args.thin,
               seed=args.seed, clip=args.clip, rank=rank, processes=processes, out=args.out,
-              every=args.every, probe=args.probe, total=total, settings=settings, content=content)
+              every=args.every, probe=args.probe, total=total, settings=settings)
     loading.record_revisions(args.out)
     if start:
-        checkpoints.restore(args.out, trained, adam)
+        checkpoints.restore(args.out, start, trained, adam)
     try:
         return train(run, start)
     finally:
@@ -364,8 +347,8 @@ def train(run, start):
         weights = sum(p.numel() for p in run.trained.values())
         begins = f"goes on after step {start}" if start else "begins"
         print(f"finetune.py: {run.out} {begins}, {run.total} steps of {run.batch} samples in all; "
-              f"{weights:,} weights are trained; {run.content}")
-        rows = checkpoints.log_rows(log) if start else []
+              f"{weights:,} weights are trained; {run.settings['data']}")
+        rows = checkpoints.log_rows(log)
         records.write_rows(log, [row for row in rows if row["step"] <= start])
         if run.held:
             first = last = held_out_losses(run)
@@ -383,7 +366,7 @@ def train(run, start):
                 bar.set_postfix({name: row[name] for name in run.weights}, refresh=False)
             if speaks and (planned or halt):
                 saved = step + 1
-                checkpoints.save(run.out, saved, run.trained, run.adam, run.settings, run.content)
+                checkpoints.save(run.out, saved, run.trained, run.adam, run.settings)
             if halt:
                 break
     except FloatingPointError as e:

@@ -64,6 +64,7 @@ class Generator:
         self.dtype = getattr(pipe, "dtype", torch.float32)
         for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             setattr(self, name, getattr(pipe, name, None))
+        self.decoder = self.vae                  # of decode; a tiny_vae can take its place
 
     @torch.no_grad()
     def draw(self, captions, items=None, seed=0, steps=50, guidance=7.5, batch=16):
@@ -125,8 +126,8 @@ class Generator:
     def decode(self, latents):
         """Latents (B, C, h, w) -> images (B, 3, H, W); about [0, 1], not clamped, so that gradients
         pass."""
-        latents = latents.to(self.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(latents).sample / 2 + .5
+        latents = latents.to(self.dtype) / self.decoder.config.scaling_factor
+        return self.decoder.decode(latents).sample / 2 + .5
 
     def states(self, captions):
         """Captions -> text states (B, 77, D), with begin, end and padding as in its training."""
@@ -168,9 +169,3 @@ def tiny_vae(name, generator):
         raise ValueError(f"decoder {str(name)!r} reads {vae.config.latent_channels} latent "
                          f"channels, the generator has {own}")
     return vae.to(generator.device).eval().requires_grad_(False)
-
-
-def tiny_decoder(name, generator):
-    """Latents (B, C, h, w) -> images about [0, 1] by a tiny_vae, for the loss tr."""
-    vae = tiny_vae(name, generator)
-    return lambda latents: vae.decode(latents.to(vae.dtype)).sample / 2 + .5

@@ -49,36 +49,28 @@ def resolve(name, table, kind, cached=False):
     name: one of `table`, a directory, a .safetensors file, or a hub id where it can be nothing
     else. kind: what it is, for messages. cached: only what the hub's cache already holds.
     """
-    place = Path(table.get(name, name))
+    what = f"{kind} {str(name)!r}"
+    repo = str(table.get(name, name))            # as a path it would lose its ./
+    place = Path(repo)
     try:
         if place.suffix == ".py":
             raise ValueError("a model from a file is file.py:function")
         if not place.exists():
-            place = fetch(hub_id(name, table), f"{kind} {str(name)!r}", cached)
+            if repo.count("/") != 1 or repo.startswith((".", "/")):
+                known = f"none of {', '.join(table)}, " if table else ""
+                near = difflib.get_close_matches(repo.lower(), table, 1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"it is {known}no directory and no hub id (owner/name){meant}")
+            place = fetch(repo, what, cached)
         old = check_weights(place) if place.is_dir() else check_file(place)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{kind} {str(name)!r}: {' '.join(str(e).split())}") from e
-    options = {"local_files_only": True, "use_safetensors": True}
-    if place.is_dir():
-        options["trust_remote_code"] = False
+        raise ValueError(f"{what}: {' '.join(str(e).split())}") from e
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     if old:
-        # of a pipeline, None takes safetensors where a part has them
-        pipeline = (place / INDEX).exists()
-        options["use_safetensors"] = None if pipeline else False
-        print(f"{kind} {str(name)!r}: no safetensors in {', '.join(old)}; its .bin is read through "
-              "torch's restricted loader", file=sys.stderr)
+        options["use_safetensors"] = None        # .bin of those parts that have nothing else
+        print(f"{what}: no safetensors in {', '.join(old)}; its .bin is read through torch's "
+              "restricted loader", file=sys.stderr)
     return str(place), options
-
-
-def hub_id(name, table):
-    """`owner/name`, where that is what the name says."""
-    name = str(table.get(name, name))            # as a path it would lose its ./
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        known = f"none of {', '.join(table)}, " if table else ""
-        near = difflib.get_close_matches(name.lower(), table, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"it is {known}no directory and no hub id (owner/name){meant}")
-    return name
 
 
 def is_local(name):
@@ -142,11 +134,12 @@ def parts_of(index):
     named = records.load_json(index)
     if not isinstance(named, dict):
         raise ValueError(f"{index}: expected {{part: [library, class]}}")
-    pairs = {name: kind for name, kind in named.items() if isinstance(kind, list)}
-    parts = {name: kind[1] for name, kind in pairs.items() if len(kind) == 2 and kind[1]}
-    odd = [name for name, kind in parts.items() if not isinstance(kind, str) or "/" in name]
-    if odd:
-        raise ValueError(f"{index}: {odd[0]!r} is no part of a pipeline")
+    parts = {}
+    for name, kind in named.items():
+        if isinstance(kind, list) and len(kind) == 2 and kind[1]:
+            if not isinstance(kind[1], str) or "/" in name:
+                raise ValueError(f"{index}: {name!r} is no part of a pipeline")
+            parts[name] = kind[1]
     parts.pop("safety_checker", None)
     return parts
 

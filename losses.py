@@ -43,16 +43,15 @@ class Batch:
 
 
 # ---------------------------------------------------------------- Eq. 5
-def joint(captioner, generator, cross, batch, weights, chunk=1, split=True, decode=None):
+def joint(captioner, generator, cross, batch, weights, chunk=1, split=True):
     """-> (total, {name: (B,)}): the weighted losses summed over the batch, to call backward on; and
     each sample's.
 
     weights: {name: weight} of the wanted losses. cross(reading, layout) -> text states (B, T, D),
-    cross-entropies (B, L). decode: latents -> images about [0, 1]; default the generator's own.
-    split: tr is brought back to the one-step estimate here, `chunk` images at a time, so that one
-    image's decoder and captioner are in memory; its share of total's gradient is exact, and total's
-    value then lacks tr. With split=False everything is one graph. Raises ValueError for other
-    names.
+    cross-entropies (B, L). split: tr is brought back to the one-step estimate here, `chunk` images
+    at a time, so that one image's decoder and captioner are in memory; its share of total's
+    gradient is exact, and total's value then lacks tr. With split=False everything is one graph.
+    Raises ValueError for other names.
     """
     unknown = set(weights) - set(NAMES)
     if unknown or not weights:
@@ -87,8 +86,8 @@ def joint(captioner, generator, cross, batch, weights, chunk=1, split=True, deco
     # 3) the captioner reads what the generator takes the clean image to be
     if "tr" in weights:
         x0 = one_step(scheduler, noised, outputs[-1], batch.timesteps)       # (B, C, h, w)
-        tr, each["tr"] = text_reconstruction(captioner, decode or generator.decode, x0, batch,
-                                             weights["tr"], chunk, split)
+        tr, each["tr"] = text_reconstruction(captioner, generator.decode, x0, batch, weights["tr"],
+                                             chunk, split)
         total = total + tr
     return total, {name: each[name].detach() for name in NAMES if name in each}
 

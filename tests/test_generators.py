@@ -145,10 +145,10 @@ def test_distilled_checkpoints_keep_their_solver():
 def test_a_tiny_decoder_is_the_libraries(layouts):
     from diffusers import AutoencoderTiny
     generator = Generator.load(layouts / SD14, "cpu")
-    decode = generators.tiny_decoder(layouts / TAESD, generator)
+    generator.decoder = generators.tiny_vae(layouts / TAESD, generator)
     theirs = AutoencoderTiny.from_pretrained(layouts / TAESD, low_cpu_mem_usage=False)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    found = decode(x)
+    found = generator.decode(x)
     assert torch.allclose(found, theirs.decode(x).sample / 2 + .5, atol=1e-6)
     found.sum().backward()
     assert x.grad.abs().sum() > 0                # gradients pass, and none is kept by the weights
