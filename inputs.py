@@ -134,7 +134,8 @@ def given_captions(path, limit=None, items=()):
     if os.path.isdir(path):
         rows = [(replace(item, captions=[]), item.captions) for item in data.read(path)]
     else:
-        check_there(path)
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: no such file or folder")
         known = {item.name: item for item in items}
         known |= {item.path.as_posix(): item for item in items}
         rows = [(item_of(row, path, known), row.captions) for row in annotations.rows_in(path)]
@@ -166,7 +167,6 @@ def given_pictures(path, limit=None):
     of pictures for each prompt, which is its name, or the text of a prompt.txt in it. Raises
     ValueError for others."""
     table = {}
-    check_there(path)
     if os.path.isdir(path):
         for folder in sorted(Path(path).iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
@@ -185,11 +185,6 @@ def given_pictures(path, limit=None):
     out = Inputs(TEXT, [data.Item(prompt, None, [prompt]) for prompt in table][:limit])
     out.given = {item.name: table[item.name] for item in out.items}
     return out
-
-
-def check_there(path):
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file or folder")
 
 
 def item_of(row, path, known):

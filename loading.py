@@ -258,22 +258,17 @@ def torchvision_fault():
 
 # ---------------------------------------------------------------- what a run is made of
 def record_revisions(folder):
-    """Writes beside a run's settings the commits of each hub repository in it, {hub id: [commit]}.
-    Where the run was begun with another one, that is said."""
-    path = Path(folder) / "revisions.json"
-    if records.rank_and_world()[0] > 0:
-        return
-    known = records.load_json(path) if path.exists() else {}
-    if not isinstance(known, dict) or not all(isinstance(x, list) for x in known.values()):
-        raise ValueError(f"{path}: expected {{hub id: [commit]}}: remove it")
+    """Adds to revisions.jsonl, beside a run's settings, the commit of each hub repository in it,
+    {repo, commit}. Where the run was begun with another one, that is said."""
+    path = Path(folder) / "revisions.jsonl"
+    known = records.read_rows(path)
     for repo, commit in REVISIONS.items():
-        commits = known.setdefault(repo, [])
-        if commit not in commits:
-            if commits:
-                records.say(f"{folder}: begun with {repo} at {commits[-1]}, goes on with {commit}")
-            commits.append(commit)
-    if known:
-        records.write_json(path, known)
+        before = [row.get("commit") for row in known if row.get("repo") == repo]
+        if commit in before or records.rank_and_world()[0] > 0:
+            continue
+        if before:
+            records.say(f"{folder}: begun with {repo} at {before[-1]}, goes on with {commit}")
+        records.append_rows(path, [{"repo": repo, "commit": commit}])
 
 
 def load_trained(checkpoint, captioner=None, generator=None):

@@ -269,13 +269,6 @@ def show_worth(groups, items, by, whole=()):
         print(note)
 
 
-def counted(groups):
-    """How many candidates the items have, as words."""
-    counts = [len(rows) for rows in groups.values()]
-    most = max(counts)
-    return f"N = {most}" if min(counts) == most else f"N = {min(counts)} to {most}"
-
-
 def odd(groups, given, by, generator, absent):
     """Lines on what of the ranked rows is not as it should be. absent: what is said of a winner
     that could have been drawn, and is not."""

@@ -10,7 +10,6 @@ What is read may be of any shape: what is not as expected is a ValueError of one
 file. What is written replaces what was there as a whole, or not at all.
 Copy this file alone.
 """
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -32,7 +31,6 @@ except ImportError:                              # Windows
 # what moves a terminal's cursor, or turns the direction of text
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST = 1_000_000                              # letters of a line that is read as text
-MADE = set()                                     # folders that a claim has made
 CLAIMED = {}                                     # {folder: open file}; locks end with the process
 KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list",
          dict: "{name: value}", type(None): "null"}
@@ -207,8 +205,6 @@ def claim(folder, written=()):
         return
     command = shlex.join(["python", *sys.orig_argv[1:]])
     with writing(folder):
-        if not folder.exists():
-            MADE.add(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     try:
@@ -219,24 +215,12 @@ def claim(folder, written=()):
                          "another --out, or wait") from e
     except OSError as e:                         # of a file system that has no locks
         say(f"{folder} can't be locked ({e.strerror}): let no other run write into it")
-    if not os.fstat(file.fileno()).st_nlink:     # another run has just left it, and nothing in it
-        return claim(folder)
     CLAIMED[folder] = file
     with writing(folder):
         file.truncate(0)
         file.write(f"process {os.getpid()} of {socket.gethostname()} since {time.ctime()} "
                    f"({command})")
         file.flush()
-
-
-@atexit.register
-def leave():
-    """Removes the folders that were made here and in which nothing has come to lie."""
-    for folder in MADE:
-        with contextlib.suppress(OSError):
-            if os.listdir(folder) == [".lock"]:
-                (folder / ".lock").unlink()
-                folder.rmdir()
 
 
 def same_settings(folder, settings, write=True):

@@ -391,7 +391,7 @@ def main(args):
         outputs.explain(new, groups, drawer(), 2 * args.draws, args.seed, args.batch, out)
     records.write_rows(out / "candidates.jsonl", itertools.chain(*(stale | groups | done).values()))
     home, warning = toys.told(args.captioner, args.generator, found)
-    note = (f"{args.captioner} and {args.generator}, {outputs.counted(groups)}, {args.steps} "
+    note = (f"{args.captioner} and {args.generator}, N = {args.n or 'as given'}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")
     absent = "not drawn: --draw does it" if args.steps else ""
     outputs.show(found, ordered, by, note, warning, absent, out)

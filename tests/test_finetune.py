@@ -238,8 +238,7 @@ def test_a_prediction_type_without_a_formula_is_told_before_the_work(tmp_path, m
     monkeypatch.setattr(finetune, "train", None)
     with pytest.raises(ValueError, match="prediction_type 'flow_prediction': epsilon, v_prediction"):
         run(tmp_path / "out", "--steps", 1)
-    records.leave()
-    assert not (tmp_path / "out").exists()
+    assert [*(tmp_path / "out").glob("[!.]*")] == []
 
 
 # ---------------------------------------------------------------- what a person looks at

@@ -404,8 +404,8 @@ def test_the_papers_models_in_a_run_of_their_own(server, tmp_path):
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line)
             for line in (tmp_path / "out/candidates.jsonl").read_text().splitlines()]
-    assert set(json.loads((tmp_path / "out/revisions.json").read_text())) == {VITB, SD14, CLIP,
-                                                                              DINO}
+    opened = [json.loads(line) for line in (tmp_path / "out/revisions.jsonl").read_text().splitlines()]
+    assert {row["repo"] for row in opened} == {VITB, SD14, CLIP, DINO}
     assert len(rows) == 2 and set(rows[0]["scores"]) >= {"clip", "dino", "clipscore"}
     wanted = [f"{name}/{file}" for name in (VITB, SD14, CLIP, DINO) for file in WEIGHTS[name]]
     assert weights(server.fetched()) == set(wanted)

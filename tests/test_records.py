@@ -2,7 +2,6 @@
 code says is looked at."""
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -62,19 +61,6 @@ def test_a_folder_is_one_runs(tmp_path):
         holder.wait()
     records.claim(out)
     records.claim(out)                           # its own again
-    new = tmp_path / "new"
-    records.claim(new)
-    (new / "kept").touch()
-    records.leave()
-    assert (new / "kept").exists()
-    (new / "kept").unlink()
-    records.leave()                              # nothing came of it
-    assert not new.exists()
-    own = tmp_path / "own"
-    own.mkdir()
-    records.claim(own)
-    records.leave()
-    assert own.exists()                          # somebody else made it
 
 
 def test_a_fingerprint_is_of_the_bytes(tmp_path):
@@ -159,17 +145,3 @@ def test_what_it_says_is_looked_at(tmp_path, said):
 def test_what_it_draws_is_looked_at(tmp_path, drawn):
     with pytest.raises(ValueError, match="m.py:load, draw"):
         own(tmp_path, draw=drawn).draw(["a"])
-
-
-def test_a_lock_that_was_left_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    """The one before removes folder and lock between our opening and our locking."""
-    out, lock, gone = tmp_path / "out", records.fcntl.flock, []
-
-    def late(file, how):
-        if not gone:
-            gone.append((out / ".lock").unlink())
-            out.rmdir()
-        lock(file, how)
-    monkeypatch.setattr(records.fcntl, "flock", late)
-    records.claim(out)
-    assert gone and str(os.getpid()) in (out / ".lock").read_text()

@@ -88,7 +88,7 @@ def readers(tmp_path_factory):
         "coco": make.karpathy, "blip": make.blip, "nocaps": make.nocaps, "plain": make.imagefolder, "done": candidates,
         "captions.json": [{"image_id": 1, "caption": "a ring"}, {"image_id": 2, "caption": "a wall"}],
         "refs.json": {"images": [{"id": 1, "domain": "x"}], "annotations": [{"image_id": 1, "caption": "a ring"}]},
-        "sentences.json": ["a ring", "a wall"], "revisions.json": {"a/b": ["1"]},
+        "sentences.json": ["a ring", "a wall"], "revisions.jsonl": '{"repo": "a/b", "commit": "1"}\n',
         "given.json": {"coco/0.png": ["a ring", "a wall"]}, "shown.json": {"a ring": ["coco/0.png"]}})
     about = {"step": 1, "data": "x", "settings": {"captioner": "miniature", "lr": [0.1]}}
     save_file({"captioner.x": torch.zeros(2)}, folder / "checkpoint.safetensors", {"header": json.dumps(about)})
@@ -104,12 +104,12 @@ def readers(tmp_path_factory):
         "given pictures": (folder / "shown.json", lambda: inputs.given_pictures(folder / "shown.json")),
         "candidates.jsonl": (folder / "done/candidates.jsonl", lambda: best_of_n.rank(best_of_n.finished(folder / "done", 2)[0])),
         "settings.json": (folder / "done/settings.json", lambda: records.same_settings(folder / "done", {"n": "2"})),
-        "revisions.json": (folder / "revisions.json", lambda: loading.record_revisions(folder)),
+        "revisions.jsonl": (folder / "revisions.jsonl", lambda: loading.record_revisions(folder)),
         "a checkpoint's header": (folder / "checkpoint.safetensors", lambda: checkpoints.header(folder))}
 
 
 READERS = ("Karpathy's file", "BLIP's file", "NoCaps' file", "metadata.jsonl", "captions", "references", "sentences",
-           "given captions", "given pictures", "candidates.jsonl", "settings.json", "revisions.json")
+           "given captions", "given pictures", "candidates.jsonl", "settings.json", "revisions.jsonl")
 
 
 def refused_well(read, *names):
