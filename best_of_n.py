@@ -44,8 +44,7 @@ def rank_captions(image, captions, captioner, generator, item=0, **more):
 
 
 def rank_pictures(text, pictures, captioner, generator, item=0, by=None, **more):
-    """Pictures of one text, each (3, H, W) in [0, 1] of any size: their rows, best first. more: of
-    pictures_for."""
+    """Pictures (3, H, W) in [0, 1] of one text: their rows, best first. more: of pictures_for."""
     if not isinstance(text, str) or not len(pictures) or pictures[0].ndim != 3:
         raise ValueError("expected one text and a list of pictures (3, H, W)")
     rows, = pictures_for([text], [item], captioner, generator, given=[list(pictures)], **more)
@@ -377,8 +376,7 @@ def rankings(groups, notes):
 # ---------------------------------------------------------------- why the first wins
 def with_reason(rows, by):
     """The rows, which are best first; in the first `why` it wins, in all others with a score
-    `behind`: how far, and the standard error of that or None, and `tie`: it is as good, within that
-    error."""
+    `behind`: how far, and the standard error of that or None, and `tie`: not beyond that error."""
     first, *others = rows = [dict(row) for row in rows]
     best = first["scores"].get(by)
     equal, near, beyond = [], [], []

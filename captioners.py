@@ -146,8 +146,7 @@ class Captioner:
         return self.model.vision_model(self.pixels(images)).last_hidden_state
 
     def decode(self, states, ids, cache=None):
-        """Decoder over ids (B, L), after those in cache: hidden (B, L, D) before the head, and the
-        longer cache."""
+        """Decoder over ids (B, L), after the cache: hidden (B, L, D), before the head; cache."""
         out = self.decoder.bert(ids, encoder_hidden_states=states, past_key_values=cache,
                                 use_cache=cache is not None, is_decoder=True)
         return self.decoder.cls.predictions.transform(out.last_hidden_state), out.past_key_values
@@ -262,8 +261,7 @@ class Captioner:
 
 
 class Captioner2(Captioner):
-    """BLIP-2 with a decoder-only language model: the query tokens' embeddings stand before the
-    prompt."""
+    """BLIP-2 with a decoder-only language model: query tokens stand before the prompt."""
     space = " "
     micro = 4                                    # eight at once take more than 24 GB
     learns_queries = True

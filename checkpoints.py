@@ -193,8 +193,7 @@ def log_rows(path):
 
 
 def plot(out, names):
-    """log.png: each loss of log.jsonl by step, and of the held-out samples. Without matplotlib, a
-    line in its place."""
+    """log.png: each loss of log.jsonl by step, trained and held out; without matplotlib a line."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

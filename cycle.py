@@ -118,8 +118,7 @@ def text_image_text(captioner, generator, captions, n=10, likeness=None, seed=0,
 
 
 def finite(pictures):
-    """Which of n pictures (3, H, W) have numbers everywhere: (n,) bool. In half precision some
-    decoders run over."""
+    """Which of n pictures (3, H, W) are all numbers, (n,) bool: half precision may overflow."""
     return torch.tensor([bool(picture.isfinite().all()) for picture in pictures])
 
 
@@ -133,8 +132,7 @@ def read(captioner, images, captions, batch=16):
 
 # ---------------------------------------------------------------- chance
 def chance(*key):
-    """A CPU generator that is a function of its key alone: (seed, item, ...), of numbers, strings
-    and tuples."""
+    """A CPU generator that is a function of its key alone: numbers, strings and tuples."""
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

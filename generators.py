@@ -25,8 +25,7 @@ GENERATORS = {"miniature": Path(__file__).resolve().parent / "miniature/sd",
 
 
 class Generator:
-    """A Stable Diffusion 1.x or 2.x that draws captions; any other text-to-image pipeline can only
-    draw."""
+    """A Stable Diffusion 1.x or 2.x; any other text-to-image pipeline can only `draw`."""
 
     @classmethod
     def load(cls, name="miniature", device=None, dtype=None):
@@ -94,8 +93,7 @@ class Generator:
     # the parts, for training and for scoring without drawing (Stable Diffusion only)
     @property
     def denoises(self):
-        """Whether its parts are those of Stable Diffusion 1.x or 2.x; an SDXL wants more than a
-        caption's states."""
+        """Whether it is a Stable Diffusion 1.x or 2.x; SDXL wants more than a caption's states."""
         if None in (self.unet, self.vae, self.text_encoder):
             return False
         return not self.unet.config.addition_embed_type
@@ -107,8 +105,8 @@ class Generator:
 
     def encode(self, images):
         """Images -> mean and standard deviation of their latents, each (B, C, h, w), scaled as the
-        UNet expects. An image is resized so that its shorter side fits, and cut in the middle, as
-        the generator was trained."""
+        UNet expects. As in its training, an image's shorter side is made to fit, and its middle
+        taken."""
         views = []
         for image in images:
             scale = self.side / min(image.shape[-2:])
@@ -124,8 +122,7 @@ class Generator:
         return latents.mean * scale, latents.std * scale
 
     def decode(self, latents):
-        """Latents (B, C, h, w) -> images (B, 3, H, W); about [0, 1], not clamped, so that gradients
-        pass."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W), about [0, 1]: a clamp stops gradients."""
         latents = latents.to(self.dtype) / self.decoder.config.scaling_factor
         return self.decoder.decode(latents).sample / 2 + .5
 

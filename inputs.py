@@ -65,8 +65,7 @@ def from_set(root, split, turn, limit):
 
 
 def from_arguments(arguments, limit=None):
-    """Pictures, or sentences; both in one run are refused, as is what looks like a path and is
-    neither."""
+    """Pictures, or sentences. Refuses both at once, and what looks like a path and is neither."""
     pictures, sentences = [], []
     for given in arguments:
         path = Path(given)
@@ -164,8 +163,7 @@ def given_captions(path, limit=None, items=()):
 
 def given_pictures(path, limit=None):
     """Prompts with pictures that exist: of JSON {prompt: [pictures]}, or of a folder with a folder
-    of pictures for each prompt, which is its name, or the text of a prompt.txt in it. Raises
-    ValueError for others."""
+    of pictures for each prompt, which is its name, or in its prompt.txt. ValueError for others."""
     table = {}
     if os.path.isdir(path):
         for folder in sorted(Path(path).iterdir()):

@@ -178,8 +178,7 @@ class Encoder:
         return F.normalize(self.pooled(x).cpu().double(), dim=-1)
 
     def project(self, x):
-        """As `embed`, but through CLIP's projections, into the space that images and captions
-        share."""
+        """As `embed`, through CLIP's projections, into the space that images and captions share."""
         model = self.model
         into = model.visual_projection if isinstance(x, torch.Tensor) else model.text_projection
         return F.normalize(into(self.pooled(x)).cpu().double(), dim=-1)

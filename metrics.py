@@ -85,8 +85,7 @@ TOKEN = re.compile(rf"""
 
 @functools.lru_cache(1 << 17)                # a reference meets many candidates
 def tokenize(caption):
-    """A caption as the field's scorers see it: a tuple of lower-case tokens without sentence
-    punctuation."""
+    """A caption as the field's scorers see it: a tuple of lower-case tokens, no punctuation."""
     if "&" in caption:
         caption = unescape(caption, {"&quot;": '"'})
     if not caption.isascii():
@@ -189,8 +188,7 @@ def bleu_counts(candidates, references):
 
 
 def bleu(counts):
-    """BLEU-1, -2, -3, -4 (Papineni et al. 2002) of counts (..., 10), with pycocoevalcap's guards:
-    (..., 4)."""
+    """BLEU-1 to -4 (Papineni et al. 2002), pycocoevalcap's guards: counts (..., 10) -> (..., 4)."""
     match, total, length, reference = np.split(counts, (4, 8, 9), -1)
     precision = (match + 1e-15) / (total + 1e-9)
     ratio = (length + 1e-15) / (reference + 1e-9)

@@ -33,9 +33,8 @@ SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uatio
 
 # ---------------------------------------------------------------- words
 def explain(rows, groups, generator, draws, seed, batch, out):
-    """Puts `words` into rows: [word, contribution, standard error] of caption and picture; of a
-    sentence, of the picture chosen for it. Each one's group is kept once more: it survives a
-    kill."""
+    """Puts `words` into rows: [word, contribution, standard error] of caption and picture, or of a
+    sentence and the picture chosen for it. Each one's group is kept anew at once."""
     if not getattr(generator, "denoises", False):
         raise ValueError("--words: the generator is no Stable Diffusion 1.x or 2.x, whose loss is "
                          "known here")
@@ -82,8 +81,7 @@ def plain(text):
 def write_winners(ordered, by, out):
     """winners/: a picture each item, its caption as a .txt beside it, and metadata.jsonl, which
     `datasets` reads as an imagefolder. A described picture keeps its name, one of a sentence is
-    named after it. Returns a line on how many there are, what is left out, and what of an earlier
-    ranking is overwritten."""
+    named after it. Returns a line on how many there are, are left out, and replace earlier ones."""
     folder = out / "winners"
     table = folder / "metadata.jsonl"
     before, texts, used, changed = {}, {}, set(), 0
@@ -168,7 +166,12 @@ def write_pairs(groups, by, margin, folder):
     if captions:
         records.write_rows(path, rows)
     elif rows:
-        write_parquet(path, rows)
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as e:
+            raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     line = (f"{len(rows)} preference pairs by {by} in {path}; {ties} ties (at most {margin:g} "
             f"apart) left out, {equal} candidates equal to another one")
     return f"{line}, {without} without a score" if without else line
@@ -185,20 +188,10 @@ def trl_pair(better, worse):
             "chosen": answers[0], "rejected": answers[1]}
 
 
-def write_parquet(path, rows):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise ValueError("--pairs diffusion writes parquet: pip install pyarrow") from e
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
 # ---------------------------------------------------------------- what a person sees
 def show(found, ordered, by, note, warning, undrawn, out):
-    """Writes all files of the ranked groups, {item: rows, best first}; prints the candidates of the
-    first items, and how many winners there are. found: of inputs.py; note, warning, undrawn: as of
-    page.py."""
+    """Writes all files of the ranked groups, {item: rows, best first}; prints the first items'
+    candidates, and how many winners there are. found: of inputs.py; the others: of page.py."""
     picture = found.direction == IMAGE
     ordered = {name: with_reason(rows, by) for name, rows in ordered.items()}
     shown, best = [], {}

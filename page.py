@@ -67,8 +67,7 @@ small { color: #666; display: block }
 
 # ---------------------------------------------------------------- pictures
 def frame(path, side):
-    """A picture file in a white square of `side` pixels; small ones are magnified without
-    smoothing."""
+    """A picture file in a white square of `side` pixels; small ones are magnified unsmoothed."""
     try:
         image = as_picture(pixels(path))
     except (OSError, ValueError):                # it was deleted or damaged since

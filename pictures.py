@@ -57,8 +57,7 @@ def pixels(path):
 
 
 def deep(values, mode, tags):
-    """One channel (H, W) of Pillow's modes I* (whole numbers) or F, with the tags of a TIFF, as the
-    three of `pixels`."""
+    """One channel (H, W) of Pillow's modes I* or F, with a TIFF's tags, as three of `pixels`."""
     x = values.astype(np.float64)
     if mode != "F":
         signed = tags.get(FORMAT, (1,))[0] == 2

@@ -132,8 +132,7 @@ def write_json(path, value):
 
 def the(row, key, kinds, where, default=...):
     """row[key], which is of one of these types (True is no number); of several keys, the first that
-    the row has. Raises ValueError, which begins with `where`, if the row is none, or has no such
-    key and there is no default."""
+    the row has. Else a default, or a ValueError that begins with `where`."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if isinstance(key, tuple):
         key = next((one for one in key if isinstance(row, dict) and one in row), key[-1])

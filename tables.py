@@ -36,8 +36,7 @@ DOMAIN = {"in-domain": "in", "near-domain": "near", "out-domain": "out", None: "
 
 def of_captions(items, captions, place, device, notes, glove=None, ci=False, pictures=False):
     """Rows of CAPTIONS of a caption of each item; pictures: and of WITH_PICTURES. CIDEr's document
-    frequency is that of all items, a domain's CIDEr the mean of its items; its BLEU is computed
-    anew."""
+    frequency is of all items, a domain's CIDEr the mean of its items, its BLEU computed anew."""
     scores = caption_scores(items, captions, place, device, notes, glove, pictures)
     names = CAPTIONS + WITH_PICTURES if pictures else CAPTIONS
     return rows_of(items, scores, names, ci)
@@ -87,8 +86,7 @@ def caption_scores(items, captions, place, device, notes, glove, pictures):
 
 
 def clipscores(items, captions, judge, notes):
-    """{CLIPScore, RefCLIPScore: (n,)} of n captions of items; nan where the picture can't be
-    read."""
+    """{CLIPScore, RefCLIPScore: (n,)} of n captions of items; nan where a picture can't be read."""
     found = np.full((len(items), 2), np.nan)
     for i, (item, caption) in enumerate(zip(items, captions)):
         try:
@@ -248,21 +246,17 @@ def complete(rows):
 
 def plot(found, path):
     """Figures 3 and 4: mean quality by rank, a panel for each metric, a line for each score."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     names = list(dict.fromkeys(name.split(" by ")[0] for name in found))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False)
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
     for name, rows in found.items():
         metric, by = name.split(" by ")
-        axis = axes[0][names.index(metric)]
-        row = rows["all"]
-        axis.plot(row["by_rank"], marker="o", ms=3, label=by)
-        axis.set(title=f"{metric}, n = {row['items']}", xlabel="rank by the score named")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
+        axis = axes[names.index(metric)]
+        axis.plot(rows["all"]["by_rank"], marker="o", ms=3, label=by)
+        axis.set(title=f"{metric}, n = {rows['all']['items']}", xlabel="rank by the score named")
+    axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- rows
