@@ -76,7 +76,8 @@ def candidates(folder):
     """candidates.jsonl and settings.json of two captions."""
     folder.mkdir()
     rows = best_of_n.rows_of(["a ring", "a wall"], scores={"denoise": torch.tensor([0.5, 0.25])})
-    best_of_n.keep(data.Item("a", Path("a.png"), []), rows, best_of_n.IMAGE, 0, None, folder)
+    item = data.Item("a", Path("a.png"), [])
+    best_of_n.keep(item, rows, inputs.Inputs(best_of_n.IMAGE, [item]), 0, None, folder)
     records.same_settings(folder, {"n": "2"})
 
 
