@@ -170,9 +170,9 @@ def gradients(run, step, weights):
     own = {"ir": weights["ir"]} if run.own and "ir" in weights else {}
     others = {name: weight for name, weight in weights.items() if name not in own}
     for samples, some in ((run.samples, others), (run.own, own)):
-        for parameter in run.adam.param_groups[1]["params"]:           # the generator's
-            parameter.requires_grad_(samples is run.samples)
         if some:
+            for parameter in run.adam.param_groups[1]["params"]:       # the generator's
+                parameter.requires_grad_(samples is run.samples)
             sums += share(run, samples, step, some)
     return sums
 
