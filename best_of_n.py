@@ -250,7 +250,7 @@ def groups_in(out, found=None):
     rows that no run has written. found: inputs.Inputs, whose pictures may lie out of the folder."""
     path = out / "candidates.jsonl"
     items = {item.name: item for item in found.items} if found else {}
-    groups = {}
+    groups, begun = {}, {}
     for number, row in enumerate(records.read_rows(path), 1):
         known = ()
         if items:                                # of an item not asked for nothing is shown
@@ -258,11 +258,13 @@ def groups_in(out, found=None):
             known = found.pictures(item) if item else [row.get("picture")]
         check_row(row, out, f"{path}, line {number}", known)
         if row["candidate"] == 0:                # an item's lines are written at once, in order
-            groups[row["item"]] = []
-        rows = groups.setdefault(row["item"], [])
+            begun[row["item"]] = []
+        rows = begun.setdefault(row["item"], [])
         if row["candidate"] != len(rows):
             raise ValueError(f"{path}, line {number}: it was to be candidate {len(rows)}")
         rows.append(row)
+        if row["item"] not in groups or len(rows) == row.get("of", len(rows)):
+            groups[row["item"]] = rows           # whole ones do not give way to one that was cut
     return groups
 
 

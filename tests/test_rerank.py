@@ -323,7 +323,7 @@ def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
     assert best_of_n.finished(tmp_path, 2)[0] == {"a": lines[:2]}
     # counts may differ by item; what was cut off and done again counts as done
     many = [{"item": x, "candidate": j, "of": of} | row for x, of, stop in
-            (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1)) for j in range(stop)]
+            (("a", 3, 2), ("b", 1, 1), ("a", 3, 3), ("c", 2, 1), ("a", 3, 2)) for j in range(stop)]
     records.write_rows(tmp_path / "candidates.jsonl", many)
     assert best_of_n.finished(tmp_path, 2)[0] == {"a": many[3:6], "b": many[2:3]}
 
