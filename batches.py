@@ -70,8 +70,7 @@ class Samples:
 
 
 def open_samples(place, split, own, batch):
-    """(Samples with captions, Samples without or None, what is said of both). own: a folder, or a
-    split of place."""
+    """(Samples with captions, those without or None, what both hold). own: a folder, or a split."""
     sets = [Samples(place, split)]
     if own:
         place, split = (own, "train") if os.path.isdir(own) else (place, own)

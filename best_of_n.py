@@ -312,10 +312,14 @@ def finished(out, n, found=None):
 
 
 def others(rows, item, found):
-    """Whether any of an item's rows is not of it, or of its candidates, as they are now."""
+    """Whether any of an item's rows is of another picture, or of other candidates, than there are
+    now. ValueError where it is of another place: what was found there would be lost."""
+    for row in rows:
+        if (row["direction"], row["input"]) != (found.direction, found.input(item)):
+            raise ValueError(f"{item.name!r} is of {row['input']!r}, not of {found.input(item)!r}: "
+                             "choose another --out")
     mark = found.mark(item)
-    now = found.direction, found.input(item), mark
-    return any((row["direction"], row["input"], mark and row.get("mark")) != now for row in rows)
+    return mark is not None and {mark} != {row.get("mark") for row in rows}
 
 
 # ---------------------------------------------------------------- ranks

@@ -132,8 +132,7 @@ def defaults(args):
 
 # ---------------------------------------------------------------- the work that is kept
 def items_of(root, split=None, limit=None):
-    """(the items of a split that have captions, at most `limit` of each domain; a short name of
-    the whole split)."""
+    """(a split's items with captions, at most `limit` of each domain; a short name of it whole)."""
     seen, out = Counter(), []
     whole = data.read(root, split)
     for item in whole:
@@ -336,7 +335,10 @@ def main(args):
     if process == 0:
         if args.job == "set":
             records.same_settings(args.out, binds, write=False)
-        records.claim(args.out, ("results.json", "table.txt"))
+        path = args.out / "results.json"
+        before = records.load_json(path) if path.exists() else None
+        ours = isinstance(before, dict) and {"notes", "settings"} <= before.keys()
+        records.claim(args.out, () if ours else ("results.json", "table.txt"))
     if processes > 1 and args.job == "set":
         dist.init_process_group("gloo", timeout=timedelta(days=7))   # all wait for the slowest
         dist.barrier()

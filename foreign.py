@@ -86,7 +86,7 @@ def numbers(name, values, shape):
 
 
 def short(x):
-    return f"{ascii(x)[:60]} {getattr(x, 'shape', '')}"
+    return f"{ascii(x)[:60]} {getattr(x, 'shape', '')}".strip()
 
 
 CHECKED = {"speak": speak, "likelihood": likelihood, "draw": draw}

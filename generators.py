@@ -105,8 +105,7 @@ class Generator:
 
     def encode(self, images):
         """Images -> mean and standard deviation of their latents, each (B, C, h, w), scaled as the
-        UNet expects. As in its training, an image's shorter side is made to fit, and its middle
-        taken."""
+        UNet expects. As in its training: the shorter side made to fit, the middle taken."""
         views = []
         for image in images:
             scale = self.side / min(image.shape[-2:])

@@ -111,8 +111,7 @@ class Encoder:
     """CLIP, DINO or SBERT of transformers; embeddings are unit vectors in float64."""
 
     def __init__(self, name, place, kind, device="cpu", options=None):
-        """name: clip, dino, sbert; place: directory; kind: "image", "text" or "both"; options: of
-        from_pretrained."""
+        """place: directory; kind: "image", "text" or "both"; options: of from_pretrained."""
         import transformers
         options = options or {"use_safetensors": True, "trust_remote_code": False}
         plain = {k: v for k, v in options.items() if k != "use_safetensors"}

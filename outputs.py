@@ -32,9 +32,9 @@ SPLITS = r"(?<![^\W\d_])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uatio
 
 
 # ---------------------------------------------------------------- words
-def explain(rows, groups, generator, draws, seed, batch, out):
+def explain(rows, whole, generator, draws, seed, batch, out):
     """Puts `words` into rows: [word, contribution, standard error] of caption and picture, or of a
-    sentence and the picture chosen for it. Each one's group is kept anew at once."""
+    sentence and the picture chosen for it; and into candidates.jsonl, which holds the whole."""
     if not getattr(generator, "denoises", False):
         raise ValueError("--words: the generator is no Stable Diffusion 1.x or 2.x, whose loss is "
                          "known here")
@@ -46,7 +46,9 @@ def explain(rows, groups, generator, draws, seed, batch, out):
         image = data.open_image(picture)
         words = losses.words(generator, image, text, timesteps, noise, batch)
         row["words"] = [[word, round(value, 6), round(error, 6)] for word, value, error in words]
-        records.append_rows(out / "candidates.jsonl", groups[row["item"]])
+        group = [other for other in whole if other["item"] == row["item"]]
+        records.append_rows(out / "candidates.jsonl", group)         # it survives a kill
+    records.write_rows(out / "candidates.jsonl", whole)
 
 
 # ---------------------------------------------------------------- for a spreadsheet
@@ -282,7 +284,6 @@ def odd(groups, given, by, generator, absent):
     unread = sum(len(given.get(name, rows)) - len(rows) for name, rows in groups.items())
     if unread:
         yield f"{unread} of the given pictures could not be read: they are not ranked"
-    best = [first for first, *_ in groups.values()]
-    undrawn = [row for row in best if not row["picture"] and not row.get("nan")]
+    undrawn = sum(not (best["picture"] or best.get("nan")) for best, *_ in groups.values())
     if absent and undrawn:
-        yield f"{len(undrawn)} winners are {absent}"
+        yield f"{undrawn} winners are {absent}"

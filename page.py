@@ -197,7 +197,7 @@ def legend(groups, by):
         ranks = " (ranks here)" if name == by else ""
         out.append(f"<dt>{escape(name)}{ranks}</dt><dd>{MEANING.get(name, '')}</dd>")
     out.append(f"</dl><p>{FRAMES}</p>")
-    if any(rows[0].get("words") for *_, rows in groups):
+    if any(row.get("words") for *_, rows in groups for row in rows):
         out.append(f"<p>{WORDS}</p>")
     return [*out, "</details>"]
 

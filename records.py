@@ -191,23 +191,24 @@ def as_lines(rows):
 
 
 # ---------------------------------------------------------------- a folder that is one run's
-def claim(folder, written=()):
+def claim(folder, strange=()):
     """Makes a folder, and makes it this process's own until it ends; of torchrun's processes the
-    first holds it for all. ValueError where another run has it, or where files of the names that
-    are to be `written` lie in it that no run has written."""
+    first holds it for all. ValueError where another run has it, or where it holds files of these
+    strange names: somebody's own, that would be overwritten."""
     folder = Path(folder).absolute()
-    here = [name for name in written if (folder / name).exists()]
-    if here and not ((folder / ".lock").exists() or (folder / "settings.json").exists()):
+    here = [name for name in strange if (folder / name).exists()]
+    if here:
         raise ValueError(f"{folder} holds {', '.join(here)} of no run of ours: choose another "
                          "--out")
-    if fcntl is None or folder in CLAIMED or rank_and_world()[0] > 0:
+    if folder in CLAIMED or rank_and_world()[0] > 0:
         return
     command = shlex.join(["python", *sys.orig_argv[1:]])
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8", errors="backslashreplace")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         file.seek(0)
         raise ValueError(f"{folder} is in use by {file.read().strip() or 'another run'}: choose "

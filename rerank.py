@@ -158,8 +158,7 @@ def find(listed, captions, pictures, root, split, turn, limit):
 
 
 def default_scorer(captioner, generator, reads):
-    """By RESULTS.md `both`; but what comes in as file.py:function may lack a loss. reads: whether
-    the captioner's counts."""
+    """`both`, by RESULTS.md; what is file.py:function may lack a loss. reads: captioner's, too."""
     names = [generator, captioner] if reads else [generator]
     return "full" if any(".py:" in name for name in names) else "both"
 
@@ -179,7 +178,8 @@ def claimed(out, settings):
     """Claims a folder. Refuses one that another process works in, that holds another run, or files
     of these names that are nobody's."""
     records.same_settings(out, settings, write=False)
-    records.claim(out, WRITTEN)
+    ours = (out / "settings.json").exists() or (out / "candidates.jsonl").exists()
+    records.claim(out, () if ours else WRITTEN)
     return out
 
 
@@ -360,9 +360,9 @@ def main(args):
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
-    for reason in skipped if process else ():
-        script.say(f"skipped {reason}")
     if process > 0:
+        for reason in skipped:
+            script.say(f"skipped {reason}")
         return 0
     done, stale = best_of_n.finished(out, args.n, found)
     groups = {item.name: done[item.name] for item in items if item.name in done}
@@ -386,10 +386,11 @@ def main(args):
         return generator or speakers(None, args.generator, args.ckpt, args.device, args.dtype)[1]
     if undrawn and args.draw:
         best_of_n.draw_later(undrawn, drawer(), args.seed, draw, out)
+    whole = list(itertools.chain(*(stale | groups | done).values()))
+    records.write_rows(out / "candidates.jsonl", whole)
     new = [row for row in best if args.words and "words" not in row]
     if new:
-        outputs.explain(new, groups, drawer(), 2 * args.draws, args.seed, args.batch, out)
-    records.write_rows(out / "candidates.jsonl", itertools.chain(*(stale | groups | done).values()))
+        outputs.explain(new, whole, drawer(), 2 * args.draws, args.seed, args.batch, out)
     home, warning = toys.told(args.captioner, args.generator, found)
     note = (f"{args.captioner} and {args.generator}, N = {args.n or 'as given'}, {args.steps} "
             f"steps, seed {args.seed}, ranked by {by}. {home}")

@@ -58,8 +58,7 @@ def compared(items, a, b, place, device, notes, glove=None, pictures=False):
 
 
 def caption_scores(items, captions, place, device, notes, glove, pictures):
-    """{metric: values (n, ...) of n captions}, as score_of takes them; n: of each item one, or one
-    after all the others."""
+    """{metric: values (n, ...)}, for score_of, of a caption of each item, or of two systems'."""
     df = metrics.document_frequency([x.captions for x in items])
     if len(items) == 1:
         notes.append("CIDEr of one image alone is 0, whatever is said: no word is rarer there")

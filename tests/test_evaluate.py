@@ -60,6 +60,15 @@ def test_rows_of_both_tables(whole):
     assert "CIDEr" in text and "near" in text and "FD-DINO" in text
 
 
+@pytest.mark.parametrize("name, text", [("results.json", "[]"), ("results.json", '{"a": 1}'), ("table.txt", "mine")])
+def test_somebodys_own_files_are_left_alone(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "settings.json").write_text("{}")         # a trainer's
+    with pytest.raises(ValueError, match=f"holds {name} of no run"):
+        run(tmp_path, "--score", write(tmp_path / "c.json", {"1": "a"}), "--refs", write(tmp_path / "r.json", {"1": ["a"]}))
+    assert (tmp_path / name).read_text() == text
+
+
 def test_an_inception_that_cannot_be_read_is_told_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "page.pth").write_text("<html>404</html>")
     loaded = []

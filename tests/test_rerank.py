@@ -329,8 +329,8 @@ def test_an_item_that_lacks_candidates_is_not_done(tmp_path):
 
 
 def test_rows_of_another_picture_are_not_of_this_one(tmp_path):
-    """Done again where the picture is another, or any row names another one; kept where it can't be looked at: what a
-    row names is copied and shown."""
+    """Done again where the picture is another, kept where it can't be looked at, refused where any row names another
+    one: what a row names is copied and shown."""
     def found(path=tmp_path / "a.png", *pictures):
         return inputs.Inputs(best_of_n.IMAGE, [data.Item("a", path)], {"a": list(pictures)})
 
@@ -344,14 +344,16 @@ def test_rows_of_another_picture_are_not_of_this_one(tmp_path):
     assert kept() == [["a"], []]
     (tmp_path / "a.png").unlink()
     assert kept() == [["a"], []]
-    assert kept(found(tmp_path / "b/a.png")) == [[], ["a"]]
+    with pytest.raises(ValueError, match="'a' is of '.*a.png', not of '.*b/a.png'"):
+        kept(found(tmp_path / "b/a.png"))
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert kept() == [[], ["a"]]
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    for key, value in (("input", "/etc/hostname"), ("direction", best_of_n.TEXT), ("mark", None)):
-        records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {key: value}])
-        assert kept() == [[], ["a"]]
-    for key, value, fault in (("picture", "/etc/hostname", "line 2: .*hostname leads out of"), ("candidate", 2, "candidate 1"),
+    records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {"mark": None}])
+    assert kept() == [[], ["a"]]
+    for key, value, fault in (("input", "/etc/hostname", "'a' is of '/etc/hostname'"),
+                              ("picture", "/etc/hostname", "line 2: .*hostname leads out of"),
+                              ("direction", best_of_n.TEXT, "'a' is of"), ("candidate", 2, "candidate 1"),
                               ("scores", {"denoise": float("inf")}, "'denoise' inf is no score")):
         records.write_rows(tmp_path / "candidates.jsonl", [rows[0], rows[1] | {key: value}])
         with pytest.raises(ValueError, match=fault):
@@ -610,6 +612,9 @@ def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys):
 
 def test_a_folder_of_somebody_else_s_is_left_alone(tmp_path):
     (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(ValueError, match="holds index.html of no run"):
+        run("--limit", 3, out=tmp_path)
+    records.claim(tmp_path)                      # another script's lock makes it no run's
     with pytest.raises(ValueError, match="holds index.html of no run"):
         run("--limit", 3, out=tmp_path)
     assert (tmp_path / "index.html").read_text() == "mine"
