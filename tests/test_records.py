@@ -63,6 +63,12 @@ def test_a_folder_is_one_runs(tmp_path):
     records.claim(out)                           # its own again
 
 
+def test_a_system_without_locks_has_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "fcntl", None)
+    records.claim(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+
+
 def test_a_fingerprint_is_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(100_000))
     (tmp_path / "b").write_bytes(bytes(100_000))

@@ -592,7 +592,7 @@ def test_pictures_that_are_no_numbers(tmp_path, capsys, turn):
     assert "it came out as no numbers" in (tmp_path / "out/index.html").read_text()
 
 
-def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys):
+def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys, monkeypatch):
     argv = ["--limit", "3", "--n", "3", "--steps", "3", "--draws", "2", "--out", str(tmp_path)]
     assert rerank.main(rerank.flags(argv)) == 0
     before = rows(tmp_path)
@@ -601,7 +601,12 @@ def test_winners_of_another_score_are_drawn_if_asked(tmp_path, capsys):
     changed = [r for r in before if r["rank"]["likelihood"] == 0 and not r["picture"]]
     assert changed and f"{len(changed)} winners are not drawn: --draw does it" in said
     assert (tmp_path / "index.html").read_text().count("not drawn: --draw") == len(changed)
-    assert rerank.main(rerank.flags([*argv, "--by", "likelihood", "--draw"])) == 0
+    with monkeypatch.context() as m:             # they are kept before their words are looked at
+        m.setattr(losses, "words", None)
+        with pytest.raises(TypeError):
+            rerank.main(rerank.flags([*argv, "--by", "likelihood", "--draw", "--words"]))
+        m.setattr(Generator, "draw", None)
+        assert rerank.main(rerank.flags([*argv, "--by", "likelihood", "--draw"])) == 0
     assert "not drawn" not in (tmp_path / "index.html").read_text()
     generator = Generator.load("miniature", "cpu")
     for r in rows(tmp_path):
