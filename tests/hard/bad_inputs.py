@@ -190,9 +190,8 @@ SHAPES = [
         "0 picture": [DROP, 7, []], "0 scores": [DROP, None, [], {"both": "x"}, {}], "0 scores both": ["high", [], True],
         "0 direction": [DROP, "x", 7], "0": [None, 7, []]}),
     (OLD, "rerank a.png b.png", "done", {"": [[], None, "x", {}], "seed": [DROP, [], 0], "captioner": [None, {"a": 1}]}),
-    ("o/best.json", "rerank a.png b.png", "done", {"": [[], None, "x", {"a.png": None}, {"a.png": {"by": 7}}]}),
     ("o/winners/metadata.jsonl", "rerank a.png b.png", "done", {"0": [None, 7, []], "0 file_name": [DROP, 7, None, []]}),
-    ("o/revisions.jsonl", "rerank a.png b.png set/3.png", "done", {"": [[], None, "x"], "x": [7, "y"]}),
+    ("o/revisions.jsonl", "rerank a.png b.png set/3.png", "done", {"0": [None, 7, []]}),
     (ROWS, "rerank a.png b.png --words", "worded", {"0 words": ["x", 7, [[1]], [["a", "b", "c"]]]}),
     ("o/captions-0.jsonl", "evaluate --data set", "scored", {
         "0 item": [DROP, [], None], "0 caption": [DROP, None, 7, []]}),
