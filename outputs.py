@@ -280,7 +280,7 @@ def odd(groups, given, by, generator, absent):
                "candidates.jsonl); --dtype float32 may help")
     without = sum(row["scores"].get(by) is None and "nan" not in row for row in rows)
     if without:
-        yield f"{without} candidates have no score by {by} and can't win (null in candidates.jsonl)"
+        yield f"{without} candidates have no score by {by} and can't win; generator {generator!r}"
     unread = sum(len(given.get(name, rows)) - len(rows) for name, rows in groups.items())
     if unread:
         yield f"{unread} of the given pictures could not be read: they are not ranked"
