@@ -303,7 +303,7 @@ def finished(out, n, found=None):
         gone = [picture for picture in named if not os.path.exists(out / picture)]
         if gone or len(rows) != rows[0].get("of", n):
             records.say(f"{out}: {name} is done again: {gone[0] if gone else 'some'} is missing")
-        elif name in items and others(rows, items[name], found):
+        elif name in items and others(rows, items[name], found, out):
             records.say(f"{out}: {name} is done again: it, or its candidates, are others now")
             stale[name] = rows
         else:
@@ -311,13 +311,12 @@ def finished(out, n, found=None):
     return done, stale
 
 
-def others(rows, item, found):
-    """Whether any of an item's rows is of another picture, or of other candidates, than there are
-    now. ValueError where it is of another place: what was found there would be lost."""
+def others(rows, item, found, out):
+    """Whether an item's rows are of other bytes than there are now. ValueError: of other files."""
     for row in rows:
         if (row["direction"], row["input"]) != (found.direction, found.input(item)):
-            raise ValueError(f"{item.name!r} is of {row['input']!r}, not of {found.input(item)!r}: "
-                             "choose another --out")
+            raise ValueError(f"{out}: {item.name!r} is of {row['input']!r}, not of "
+                             f"{found.input(item)!r}: choose another --out")
     mark = found.mark(item)
     return mark is not None and {mark} != {row.get("mark") for row in rows}
 

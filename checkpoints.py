@@ -132,7 +132,8 @@ def header(out):
 def begun(out, settings):
     """Claims a folder; the step that its checkpoint is of, 0 where there is none. ValueError where
     it is of another run, or log.jsonl of none."""
-    records.claim(out)
+    ours = (out / "checkpoint.safetensors").exists() or (out / "log.jsonl").exists()
+    records.claim(out, () if ours else ("checkpoint.json", "log.png"))
     log_rows(out / "log.jsonl")
     if not (out / "checkpoint.safetensors").exists():
         return 0

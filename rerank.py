@@ -175,8 +175,7 @@ def default_folder(settings):
 
 
 def claimed(out, settings):
-    """Claims a folder. Refuses one that another process works in, that holds another run, or files
-    of these names that are nobody's."""
+    """Claims a folder, unless another run, or nobody's files of these names, are in it."""
     records.same_settings(out, settings, write=False)
     ours = (out / "settings.json").exists() or (out / "candidates.jsonl").exists()
     records.claim(out, () if ours else WRITTEN)

@@ -377,7 +377,7 @@ case("stale", "its own pictures, --out of the inputs", "rerank p --out p", taken
 case("stale", "weights that are no checkpoint", "rerank a.png --ckpt m", refused("--ckpt"), {"m": copy("miniature/blip")})
 case("stale", "an export of nothing", "finetune --export e", refused("o/checkpoint.safetensors"))
 case("stale", "the pictures of a training changed", "finetune --data set --steps 4", either(O), {"o": "trained"} | {f"set/{i}.png": scene(i + 9) for i in range(4)})
-for script, name in (("rerank a.png", "index.html"), ("rerank a.png", "sheet.png"), ("evaluate --data set", "results.json"), ("evaluate --data set", "table.txt"), ("finetune --data set", "log.jsonl")):
+for script, name in (("rerank a.png", "index.html"), ("rerank a.png", "sheet.png"), ("evaluate --data set", "results.json"), ("evaluate --data set", "table.txt"), ("finetune --data set", "log.jsonl"), ("finetune --data set", "log.png")):
     case("stale", f"a {name} of one's own", script, refused(name, then=unchanged("o/" + name, '{"mine": 1}\n')), {"o/" + name: '{"mine": 1}\n'})
 
 # ---------------------------------------------------------------- checkpoints and models
